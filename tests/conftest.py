@@ -1,0 +1,32 @@
+"""Fixtures that several test folders share."""
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+# Before anything imports ray: no token asked of a local session, no metrics agent, no chatter.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+os.environ.setdefault("RAY_enable_metrics_collection", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[Any]:
+    """The one local Ray of a test session: two cores, no dashboard, shut down at the end."""
+    import ray
+
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=300_000_000,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=False,
+    )
+    yield ray
+    ray.shutdown()
