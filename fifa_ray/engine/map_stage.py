@@ -1,0 +1,286 @@
+"""A stage that maps the rows of `pairs/` or `prompts/` through models, streaming and resumable.
+
+    input parts ─ work items ─ read ─ transform (actor pools) ─ partial files ─ align ─ stage parts
+
+Every block that leaves the transform is written at once as a partial file named by its range of
+keys. Running again reads the keys that are already there and leaves them out, so that a killed
+driver costs the blocks in flight. When every key is answered, `align` lays the partial rows into
+parts that match the input's parts, in the input's order, whatever order the blocks finished in.
+"""
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from pyarrow import parquet as pq
+
+from fifa_ray import schema
+from fifa_ray.engine.progress import Progress
+from fifa_ray.run_dir import Manifest, RunDir
+
+logger = logging.getLogger(__name__)
+
+Transform = Callable[["ray.data.Dataset"], "ray.data.Dataset"]
+# (rows of one input part, the partial rows of its keys) -> (rows of the stage's part, quarantine)
+Assemble = Callable[[pa.Table, pa.Table], tuple[pa.Table, pa.Table]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapStage:
+    """What is particular to one stage. `fingerprint` covers its config and its inputs'."""
+
+    name: str
+    fingerprint: str
+    input_table: str
+    key: str
+    input_columns: tuple[str, ...]
+    # Partial rows: column `key`, then whatever `assemble` needs.
+    partial_schema: pa.Schema
+    assemble: Assemble
+    rows_per_item: int
+    # Where partial rows live: a cache shared by runs, or None for a folder of this run.
+    partial: RunDir | None = None
+    # Which partial rows count as answered; None: all. A cache leaves failed ones out.
+    is_answered: Callable[[pa.Table], np.ndarray] | None = None
+
+
+def run_map_stage(
+    run: RunDir,
+    stage: MapStage,
+    transform: Transform,
+    *,
+    config: dict[str, Any],
+    max_quarantine_fraction: float,
+    details: Callable[[], dict[str, Any]] = dict,
+) -> Manifest:
+    """Run a stage, or the rest of it, and publish it; at once if it is complete already.
+
+    `transform` gets a dataset with the input columns and returns one with the partial schema's.
+    Raises RuntimeError when more rows are quarantined than allowed, or when keys went missing.
+    """
+    found = run.manifest(stage.name)
+    if found is not None and found.fingerprint == stage.fingerprint:
+        logger.info("%s: already complete, %s rows", stage.name, f"{found.rows_out:,}")
+        return found
+    run.invalidate(stage.name)
+    started = time.monotonic()
+    partial = stage.partial or partial_folder(run, stage)
+    total = run.num_rows(stage.input_table)
+    done = _done_keys(run, stage, partial)
+    if len(done):
+        logger.info("%s: %s of %s rows were done before", stage.name, f"{len(done):,}", f"{total:,}")
+    if len(done) < total:
+        _execute(run, stage, partial, transform, done, total)
+    counts = _align(run, stage, partial)
+    manifest = Manifest(
+        stage=stage.name,
+        fingerprint=stage.fingerprint,
+        rows_in=total,
+        rows_out=counts.pop("", 0),
+        quarantined=dict(sorted(counts.items())),
+        seconds=time.monotonic() - started,
+        config=config,
+        details=details() | {"rows_reused": len(done)},
+    )
+    check_quarantine(manifest, max_quarantine_fraction, run)
+    manifest = run.publish(manifest)
+    if stage.partial is None:
+        run.remove("partial", *partial.root.rsplit("/", 1)[-1:])
+    return manifest
+
+
+def partial_folder(run: RunDir, stage: MapStage) -> RunDir:
+    """Where a stage's partial files of this configuration lie inside the run."""
+    name = f"{stage.name.replace('/', '.')}-{stage.fingerprint[:12]}"
+    return RunDir(f"{run.uri.rstrip('/')}/partial/{name}")
+
+
+def check_quarantine(manifest: Manifest, max_fraction: float, run: RunDir) -> None:
+    """Raise RuntimeError if a stage put aside a larger share of its rows than allowed."""
+    share = manifest.rows_quarantined / max(1, manifest.rows_in)
+    if share > max_fraction:
+        raise RuntimeError(
+            f"stage {manifest.stage} quarantined {manifest.rows_quarantined:,} of "
+            f"{manifest.rows_in:,} rows ({share:.1%}, allowed {max_fraction:.1%}): "
+            f"{manifest.quarantined}; look at {run.path('quarantine', manifest.stage)} and mend the "
+            "data, or raise max_quarantine_fraction"
+        )
+
+
+def _execute(
+    run: RunDir,
+    stage: MapStage,
+    partial: RunDir,
+    transform: Transform,
+    done: np.ndarray,
+    total: int,
+) -> None:
+    items = work_items(run, stage.input_table, stage.rows_per_item)
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _ReadItems(run, stage, ray.put(done)), batch_size=None, batch_format="pyarrow", num_cpus=0.1
+    )
+    receipts = transform(dataset).map_batches(
+        _WritePartial(partial, stage), batch_size=None, batch_format="pyarrow", num_cpus=0
+    )
+    progress = Progress(stage.name, total, done=len(done))
+    for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
+        progress.advance(sum(batch.column("keys").to_pylist()))
+    progress.close()
+
+
+def work_items(run: RunDir, table: str, rows_per_item: int) -> list[dict[str, Any]]:
+    """Row ranges of the parts of a table: what one read task handles."""
+    items = []
+    for name in run.list(table):
+        rows = pq.read_metadata(run.path(table, name), filesystem=run.filesystem).num_rows
+        items += [
+            {"part": name, "start": start, "stop": min(start + rows_per_item, rows)}
+            for start in range(0, rows, rows_per_item)
+        ]
+    return items
+
+
+class _ReadItems:
+    """Work items -> the input rows whose keys are not done yet."""
+
+    def __init__(self, run: RunDir, stage: MapStage, done: "ray.ObjectRef[np.ndarray]") -> None:
+        self.run, self.done = run, done
+        self.table, self.columns, self.key = stage.input_table, stage.input_columns, stage.key
+
+    def __call__(self, items: pa.Table) -> Iterator[pa.Table]:
+        done = ray.get(self.done)
+        for item in items.to_pylist():
+            table = self.run.read_table(self.table, item["part"], columns=self.columns)
+            rows = table.slice(item["start"], item["stop"] - item["start"])
+            rows = rows.filter(~np.isin(rows.column(self.key).to_numpy(), done, kind="sort"))
+            yield rows.unify_dictionaries()
+
+
+class _WritePartial:
+    """Blocks of results -> one partial file each; passes on how many keys it answered."""
+
+    def __init__(self, partial: RunDir, stage: MapStage) -> None:
+        self.partial, self.stage = partial, stage
+
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        if not len(block):
+            return
+        rows = block.select(self.stage.partial_schema.names).cast(self.stage.partial_schema)
+        keys = rows.column(self.stage.key).to_numpy()
+        name = f"{_hex(keys.min())}-{_hex(keys.max())}-{uuid.uuid4().hex[:12]}.parquet"
+        self.partial.write_table(rows, name)
+        yield pa.table({"keys": [len(np.unique(keys))]})
+
+
+def _hex(key: int) -> str:
+    """Signed 64-bit key as 16 hex digits that sort like the key."""
+    return f"{int(key) + (1 << 63):016x}"
+
+
+def _overlapping(names: Sequence[str], low: int, high: int) -> list[str]:
+    lowest, highest = _hex(low), _hex(high)
+    return [n for n in names if n[:16] <= highest and n[17:33] >= lowest]
+
+
+def read_partial(partial: RunDir, stage: MapStage, names: Sequence[str]) -> pa.Table:
+    """Partial rows that count as answered, of the given files."""
+    tables = [partial.read_table(name) for name in names]
+    table = pa.concat_tables(tables) if tables else stage.partial_schema.empty_table()
+    if stage.is_answered is not None and len(table):
+        table = table.filter(pa.array(stage.is_answered(table)))
+    return table
+
+
+def _done_keys(run: RunDir, stage: MapStage, partial: RunDir) -> np.ndarray:
+    """Sorted int64 keys of this input that the partial files answer completely."""
+    names = partial.list()
+    if not names:
+        return np.empty(0, np.int64)
+    parts = run.list(stage.input_table)
+    refs = [_done_keys_of_part.remote(run, stage, partial, names, part) for part in parts]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *ray.get(refs)]))
+
+
+@ray.remote(num_cpus=0.5)
+def _done_keys_of_part(
+    run: RunDir, stage: MapStage, partial: RunDir, names: list[str], part: str
+) -> np.ndarray:
+    inputs, answers = _part_and_answers(run, stage, partial, names, part)
+    answered = np.unique(answers.column(stage.key).to_numpy())
+    keys = inputs.column(stage.key).to_numpy()
+    return keys[np.isin(keys, answered)]
+
+
+def _part_and_answers(
+    run: RunDir, stage: MapStage, partial: RunDir, names: list[str], part: str
+) -> tuple[pa.Table, pa.Table]:
+    inputs = run.read_table(stage.input_table, part)
+    if not len(inputs):
+        return inputs, stage.partial_schema.empty_table()
+    keys = inputs.column(stage.key).to_numpy()
+    near = _overlapping(names, keys.min(), keys.max())
+    answers = read_partial(partial, stage, near)
+    return inputs, answers.filter(np.isin(answers.column(stage.key).to_numpy(), keys))
+
+
+def _align(run: RunDir, stage: MapStage, partial: RunDir) -> dict[str, int]:
+    """Write the stage's parts; rows out under the empty reason, quarantined under theirs."""
+    names = partial.list()
+    parts = run.list(stage.input_table)
+    refs = [_align_part.remote(run, stage, partial, names, part) for part in parts]
+    total: dict[str, int] = {}
+    for counts in ray.get(refs):
+        for reason, count in counts.items():
+            total[reason] = total.get(reason, 0) + count
+    return total
+
+
+@ray.remote(num_cpus=0.5)
+def _align_part(
+    run: RunDir, stage: MapStage, partial: RunDir, names: list[str], part: str
+) -> dict[str, int]:
+    inputs, answers = _part_and_answers(run, stage, partial, names, part)
+    out, bad = stage.assemble(inputs, answers)
+    if len(out) + len(bad) != len(inputs):
+        raise RuntimeError(
+            f"stage {stage.name}, {part}: {len(inputs):,} rows in, but {len(out):,} out and "
+            f"{len(bad):,} quarantined; run the same command again to redo the missing ones"
+        )
+    run.write_table(out, *stage.name.split("/"), part)
+    if len(bad):
+        run.write_table(bad.select(schema.QUARANTINE.names), "quarantine", *stage.name.split("/"), part)
+    counts = {"": len(out)}
+    for entry in bad.column("reason").value_counts().to_pylist():
+        counts[entry["values"]] = entry["counts"]
+    return counts
+
+
+def first_by_key(table: pa.Table, key: str) -> pa.Table:
+    """One row per key, sorted by key: the first of each (a block redone after a crash repeats)."""
+    keys = table.column(key).to_numpy()
+    _, first = np.unique(keys, return_index=True)
+    return table.take(first)
+
+
+def quarantine_rows(stage: str, reasons: Sequence[str], **columns: Any) -> pa.Table:
+    """Rows of the quarantine schema; columns left out are null."""
+    count = len(reasons)
+    given: dict[str, Any] = {"stage": [stage] * count, "reason": reasons} | columns
+    return pa.table(
+        [
+            pa.nulls(count, f.type) if f.name not in given else _as_array(given[f.name], f.type)
+            for f in schema.QUARANTINE
+        ],
+        schema=schema.QUARANTINE,
+    )
+
+
+def _as_array(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
+    return values.cast(kind) if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, kind)

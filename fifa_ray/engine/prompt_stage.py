@@ -1,0 +1,62 @@
+"""The map stage over distinct prompts: one row in, one row out, keyed by prompt_id."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fifa_ray import schema
+from fifa_ray.engine.map_stage import (
+    MapStage,
+    Transform,
+    first_by_key,
+    quarantine_rows,
+    run_map_stage,
+)
+from fifa_ray.run_dir import Manifest, RunDir
+
+
+def run_prompt_stage(
+    run: RunDir,
+    *,
+    stage: str,
+    fingerprint: str,
+    transform: Transform,
+    output_schema: pa.Schema,
+    config: dict[str, Any],
+    details: Callable[[], dict[str, Any]] = dict,
+    rows_per_item: int = 256,
+    partial: RunDir | None = None,
+    is_answered: Callable[[pa.Table], np.ndarray] | None = None,
+) -> Manifest:
+    """Give every row of `prompts/` its row of `stage`; every prompt is answered or it raises.
+
+    `transform` maps a dataset of (prompt_id, prompt) to one with `output_schema`'s columns. Partial
+    rows go to `partial` (a cache shared by runs) or into the run; `is_answered` says which of them
+    a later run may use again.
+    """
+
+    def assemble(prompts: pa.Table, answers: pa.Table) -> tuple[pa.Table, pa.Table]:
+        rows = first_by_key(answers, schema.PROMPT_ID)
+        return rows.select(output_schema.names).cast(output_schema), quarantine_rows(stage, [])
+
+    return run_map_stage(
+        run,
+        MapStage(
+            name=stage,
+            fingerprint=fingerprint,
+            input_table="prompts",
+            key=schema.PROMPT_ID,
+            input_columns=(schema.PROMPT_ID, "prompt"),
+            partial_schema=output_schema,
+            assemble=assemble,
+            rows_per_item=rows_per_item,
+            partial=partial,
+            is_answered=is_answered,
+        ),
+        transform,
+        config=config,
+        max_quarantine_fraction=0.0,
+        details=details,
+    )
