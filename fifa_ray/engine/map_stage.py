@@ -45,10 +45,14 @@ class MapStage:
     partial_schema: pa.Schema
     assemble: Assemble
     rows_per_item: int
+    # Partial rows of one input row.
+    rows_per_key: int = 1
+    # Items end where this input column changes (a source's row group is read once); None: anywhere.
+    boundary: str | None = None
     # Where partial rows live: a cache shared by runs, or None for a folder of this run.
     partial: RunDir | None = None
-    # Which partial rows count as answered; None: all. A cache leaves failed ones out.
-    is_answered: Callable[[pa.Table], np.ndarray] | None = None
+    # Keys (int64) that partial rows answer completely; None: all that occur.
+    answered_keys: Callable[[pa.Table], np.ndarray] | None = None
 
 
 def run_map_stage(
@@ -122,7 +126,7 @@ def _execute(
     done: np.ndarray,
     total: int,
 ) -> None:
-    items = work_items(run, stage.input_table, stage.rows_per_item)
+    items = work_items(run, stage.input_table, stage.rows_per_item, stage.boundary)
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _ReadItems(run, stage, ray.put(done)), batch_size=None, batch_format="pyarrow", num_cpus=0.1
     )
@@ -131,19 +135,32 @@ def _execute(
     )
     progress = Progress(stage.name, total, done=len(done))
     for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
-        progress.advance(sum(batch.column("keys").to_pylist()))
+        progress.advance(sum(batch.column("rows").to_pylist()) // stage.rows_per_key)
     progress.close()
 
 
-def work_items(run: RunDir, table: str, rows_per_item: int) -> list[dict[str, Any]]:
-    """Row ranges of the parts of a table: what one read task handles."""
+def work_items(
+    run: RunDir, table: str, rows_per_item: int, boundary: str | None = None
+) -> list[dict[str, Any]]:
+    """Row ranges of the parts of a table: what one read task handles.
+
+    With a boundary column no item splits a run of equal values, so an item may be longer.
+    """
     items = []
     for name in run.list(table):
-        rows = pq.read_metadata(run.path(table, name), filesystem=run.filesystem).num_rows
-        items += [
-            {"part": name, "start": start, "stop": min(start + rows_per_item, rows)}
-            for start in range(0, rows, rows_per_item)
-        ]
+        if boundary is None:
+            rows = pq.read_metadata(run.path(table, name), filesystem=run.filesystem).num_rows
+            cuts = np.arange(rows)
+        else:
+            values = run.read_table(table, name, columns=[boundary]).column(0).to_numpy()
+            rows = len(values)
+            cuts = np.concatenate([[0], np.flatnonzero(np.diff(values)) + 1]) if rows else values
+        start = 0
+        while start < rows:
+            next_cut = np.searchsorted(cuts, start + rows_per_item)
+            stop = int(cuts[next_cut]) if next_cut < len(cuts) else rows
+            items.append({"part": name, "start": start, "stop": stop})
+            start = stop
     return items
 
 
@@ -176,7 +193,7 @@ class _WritePartial:
         keys = rows.column(self.stage.key).to_numpy()
         name = f"{_hex(keys.min())}-{_hex(keys.max())}-{uuid.uuid4().hex[:12]}.parquet"
         self.partial.write_table(rows, name)
-        yield pa.table({"keys": [len(np.unique(keys))]})
+        yield pa.table({"rows": [len(rows)]})
 
 
 def _hex(key: int) -> str:
@@ -187,15 +204,6 @@ def _hex(key: int) -> str:
 def _overlapping(names: Sequence[str], low: int, high: int) -> list[str]:
     lowest, highest = _hex(low), _hex(high)
     return [n for n in names if n[:16] <= highest and n[17:33] >= lowest]
-
-
-def read_partial(partial: RunDir, stage: MapStage, names: Sequence[str]) -> pa.Table:
-    """Partial rows that count as answered, of the given files."""
-    tables = [partial.read_table(name) for name in names]
-    table = pa.concat_tables(tables) if tables else stage.partial_schema.empty_table()
-    if stage.is_answered is not None and len(table):
-        table = table.filter(pa.array(stage.is_answered(table)))
-    return table
 
 
 def _done_keys(run: RunDir, stage: MapStage, partial: RunDir) -> np.ndarray:
@@ -213,7 +221,9 @@ def _done_keys_of_part(
     run: RunDir, stage: MapStage, partial: RunDir, names: list[str], part: str
 ) -> np.ndarray:
     inputs, answers = _part_and_answers(run, stage, partial, names, part)
-    answered = np.unique(answers.column(stage.key).to_numpy())
+    answered = answers.column(stage.key).to_numpy()
+    if stage.answered_keys is not None:
+        answered = stage.answered_keys(answers)
     keys = inputs.column(stage.key).to_numpy()
     return keys[np.isin(keys, answered)]
 
@@ -226,7 +236,8 @@ def _part_and_answers(
         return inputs, stage.partial_schema.empty_table()
     keys = inputs.column(stage.key).to_numpy()
     near = _overlapping(names, keys.min(), keys.max())
-    answers = read_partial(partial, stage, near)
+    tables = [stage.partial_schema.empty_table(), *(partial.read_table(name) for name in near)]
+    answers = pa.concat_tables(tables)
     return inputs, answers.filter(np.isin(answers.column(stage.key).to_numpy(), keys))
 
 

@@ -33,11 +33,18 @@ def run_prompt_stage(
     """Give every row of `prompts/` its row of `stage`; every prompt is answered or it raises.
 
     `transform` maps a dataset of (prompt_id, prompt) to one with `output_schema`'s columns. Partial
-    rows go to `partial` (a cache shared by runs) or into the run; `is_answered` says which of them
-    a later run may use again.
+    rows go to `partial` (a cache shared by runs) or into the run; `is_answered` (a bool mask) says
+    which of them a later run may use again.
     """
 
+    def answered_keys(answers: pa.Table) -> np.ndarray:
+        good = answers if is_answered is None else answers.filter(is_answered(answers))
+        return good.column(schema.PROMPT_ID).to_numpy()
+
     def assemble(prompts: pa.Table, answers: pa.Table) -> tuple[pa.Table, pa.Table]:
+        if is_answered is not None:
+            good = is_answered(answers)
+            answers = pa.concat_tables([answers.filter(good), answers.filter(~good)])
         rows = first_by_key(answers, schema.PROMPT_ID)
         return rows.select(output_schema.names).cast(output_schema), quarantine_rows(stage, [])
 
@@ -53,7 +60,7 @@ def run_prompt_stage(
             assemble=assemble,
             rows_per_item=rows_per_item,
             partial=partial,
-            is_answered=is_answered,
+            answered_keys=answered_keys,
         ),
         transform,
         config=config,

@@ -1,0 +1,81 @@
+"""The Ray cluster: connecting to it, and how many actors a stage gets there."""
+
+import logging
+import os
+from typing import Any
+
+import ray
+import ray.data
+
+from fifa_ray.config import ActorsConfig, RayConfig
+
+logger = logging.getLogger(__name__)
+
+
+def connect(config: RayConfig) -> None:
+    """Join the configured cluster, or start a local one that listens on this machine alone.
+
+    Does nothing when this process is connected already, so that a notebook keeps its cluster.
+    """
+    quiet_ray_data()
+    if ray.is_initialized():
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        ray.init(address=address, runtime_env=config.runtime_env, log_to_driver=False)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=config.num_cpus,
+            object_store_memory=config.object_store_memory,
+            runtime_env=config.runtime_env,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _node_ip_address="127.0.0.1",
+        )
+    resources = ray.cluster_resources()
+    logger.info(
+        "Ray %s: %g CPUs, %g GPUs, %.1f GB of object store",
+        ray.__version__,
+        resources.get("CPU", 0),
+        resources.get("GPU", 0),
+        resources.get("object_store_memory", 0) / 1e9,
+    )
+
+
+def quiet_ray_data() -> None:
+    """Our own progress lines replace Ray Data's bars and its per-execution chatter."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.data._internal"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def gpus_per_actor(actors: ActorsConfig) -> float:
+    """The configured share, or 1 where the cluster has a GPU now, else 0."""
+    if actors.num_gpus is not None:
+        return actors.num_gpus
+    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
+def actor_pool(actors: ActorsConfig) -> dict[str, Any]:
+    """Arguments of `Dataset.map_batches` for a stage's actor pool.
+
+    Without `max_actors` the pool may take what the cluster has now; on a cluster that grows from
+    nothing, set it.
+    """
+    gpus = gpus_per_actor(actors)
+    resources = ray.cluster_resources()
+    room = resources.get("GPU", 0) / gpus if gpus else resources.get("CPU", 0) / actors.num_cpus
+    largest = actors.max_actors or max(actors.min_actors, int(room))
+    arguments: dict[str, Any] = {
+        "compute": ray.data.ActorPoolStrategy(min_size=actors.min_actors, max_size=largest),
+        "num_cpus": actors.num_cpus,
+    }
+    if gpus:
+        arguments["num_gpus"] = gpus
+    if actors.runtime_env:
+        arguments["runtime_env"] = actors.runtime_env
+    return arguments
