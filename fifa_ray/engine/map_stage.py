@@ -49,6 +49,8 @@ class MapStage:
     rows_per_key: int = 1
     # Items end where this input column changes (a source's row group is read once); None: anywhere.
     boundary: str | None = None
+    # Redo an item that is only partly done as a whole.
+    whole_items: bool = False
     # Where partial rows live: a cache shared by runs, or None for a folder of this run.
     partial: RunDir | None = None
     # Keys (int64) that partial rows answer completely; None: all that occur.
@@ -169,15 +171,18 @@ class _ReadItems:
 
     def __init__(self, run: RunDir, stage: MapStage, done: "ray.ObjectRef[np.ndarray]") -> None:
         self.run, self.done = run, done
-        self.table, self.columns, self.key = stage.input_table, stage.input_columns, stage.key
+        self.stage = stage
 
     def __call__(self, items: pa.Table) -> Iterator[pa.Table]:
         done = ray.get(self.done)
         for item in items.to_pylist():
-            table = self.run.read_table(self.table, item["part"], columns=self.columns)
+            table = self.run.read_table(
+                self.stage.input_table, item["part"], columns=self.stage.input_columns
+            )
             rows = table.slice(item["start"], item["stop"] - item["start"])
-            rows = rows.filter(~np.isin(rows.column(self.key).to_numpy(), done, kind="sort"))
-            yield rows.unify_dictionaries()
+            missing = ~np.isin(rows.column(self.stage.key).to_numpy(), done)
+            if missing.any():
+                yield rows if self.stage.whole_items else rows.filter(missing)
 
 
 class _WritePartial:

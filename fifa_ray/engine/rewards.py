@@ -1,0 +1,454 @@
+"""pairs/ -> rewards/<name>/: every image of every pair scored by a proxy reward model.
+
+    pairs ─ requests ─ read, decode, resize (CPU) ─ score (actor pool) ─ one small row a side
+
+A request is one distinct (image, prompt) of a row group, whatever number of pairs share it, so an
+image is decoded and encoded once there. On GPUs decoding runs in tasks of its own, on any node, and
+uint8 arrays of the model's size travel to the scorers; on CPUs both run in the same actor, and no
+image ever enters the object store.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+
+from fifa_ray import schema
+from fifa_ray.config import FifaConfig, ImagesConfig, RewardConfig
+from fifa_ray.engine.cluster import actor_pool, gpus_per_actor
+from fifa_ray.engine.map_stage import (
+    MapStage,
+    Transform,
+    first_by_key,
+    partial_folder,
+    quarantine_rows,
+    run_map_stage,
+)
+from fifa_ray.models.reward import build_image_transform, build_reward_model
+from fifa_ray.run_dir import Manifest, RunDir, fingerprint
+from fifa_ray.sources import Source, open_source
+from fifa_ray.sources.images import BadImage, decode_image
+
+# Pairs per work item, rounded up to whole row groups of the source.
+PAIRS_PER_ITEM = 512
+
+PARTIAL = pa.schema(
+    [
+        pa.field(schema.PAIR_ID, pa.int64()),
+        pa.field("is_chosen", pa.bool_()),
+        pa.field("reward", pa.float32()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+INPUT_COLUMNS = (
+    schema.PAIR_ID,
+    schema.PROMPT_ID,
+    "source_file",
+    "source_row",
+    "source_group",
+    "chosen_ref",
+    "rejected_ref",
+    "chosen_uid",
+    "rejected_uid",
+)
+
+
+def run_rewards(run: RunDir, config: FifaConfig) -> list[Manifest]:
+    """Score all pairs with every configured reward model; each is a stage of its own.
+
+    Raises RuntimeError when more pairs are quarantined than `max_quarantine_fraction` allows.
+    """
+    from fifa_ray.engine.fit_reward import run_fitted_reward
+
+    return [
+        run_fitted_reward(run, config, reward)
+        if reward.kind == "fitted"
+        else run_reward(run, config, reward)
+        for reward in config.rewards
+    ]
+
+
+def run_reward(run: RunDir, config: FifaConfig, reward: RewardConfig) -> Manifest:
+    """Score all pairs with one reward model."""
+    pairs = run.manifest("pairs")
+    if pairs is None:
+        raise ValueError(f"{run.uri} has no complete pairs/ table; run the ingest stage first")
+    name = f"rewards/{reward.name}"
+    settings = reward.model_dump(mode="json", exclude={"actors", "batch_size", "vote_weight"})
+    stage = MapStage(
+        name=name,
+        fingerprint=fingerprint(name, pairs.fingerprint, settings, config.images.model_dump()),
+        input_table="pairs",
+        key=schema.PAIR_ID,
+        input_columns=INPUT_COLUMNS,
+        partial_schema=PARTIAL,
+        assemble=AssembleRewards(name),
+        rows_per_item=PAIRS_PER_ITEM,
+        rows_per_key=2,
+        boundary="source_group",
+        answered_keys=pairs_with_both_sides,
+        # The same batches again after a crash: the last bits of a reward depend on its batch.
+        whole_items=True,
+    )
+    pool: dict[str, Any] = {}
+    info = partial_folder(run, stage)
+
+    def transform(items: "ray.data.Dataset") -> "ray.data.Dataset":
+        loader = LoadImages(
+            open_source(config.ingest, config.images), config.images, reward, share_prompts(run)
+        )
+        pool.update(actor_pool(reward.actors))
+        gpus = gpus_per_actor(reward.actors)
+        device = "cuda" if gpus else "cpu"
+        return score_dataset(items, loader, reward, device, info, pool)
+
+    return run_map_stage(
+        run,
+        stage,
+        transform,
+        config=reward.model_dump(mode="json"),
+        max_quarantine_fraction=config.max_quarantine_fraction,
+        details=lambda: _details(info, reward, pool),
+    )
+
+
+def score_dataset(
+    items: "ray.data.Dataset",
+    loader: "LoadImages",
+    reward: RewardConfig,
+    device: str,
+    info: RunDir,
+    pool: dict[str, Any],
+) -> "ray.data.Dataset":
+    """Pairs in, `PARTIAL` rows out; decoding is fused with scoring unless there is a GPU to feed."""
+    arguments = {"reward": reward, "device": device, "info": info}
+    if device == "cpu":
+        return items.map_batches(
+            LoadAndScore,
+            fn_constructor_kwargs=arguments | {"loader": loader},
+            batch_size=None,
+            batch_format="pyarrow",
+            **pool,
+        )
+    return items.map_batches(
+        loader.as_columns, batch_size=None, batch_format="pyarrow", num_cpus=1
+    ).map_batches(
+        ScoreColumns,
+        fn_constructor_kwargs=arguments,
+        batch_size=max(reward.batch_size, 64),
+        batch_format="numpy",
+        **pool,
+    )
+
+
+def _details(info: RunDir, reward: RewardConfig, pool: dict[str, Any]) -> dict[str, Any]:
+    found = json.loads(info.read_text("model.json")) if info.exists("model.json") else {}
+    return {
+        "model": found,
+        "actors": pool["compute"].max_size if pool else 0,
+        "num_cpus": reward.actors.num_cpus,
+        "num_gpus": pool.get("num_gpus", 0),
+    }
+
+
+@dataclass(frozen=True)
+class PromptTexts:
+    """All distinct prompts, sorted by id, in the object store: one copy a node."""
+
+    table: "ray.ObjectRef[pa.Table]"
+
+    def lookup(self, prompt_ids: np.ndarray) -> list[str]:
+        """Texts of these ids (int64). Raises KeyError for an id that is not there."""
+        table = ray.get(self.table)
+        known = table.column(schema.PROMPT_ID).to_numpy()
+        at = np.minimum(np.searchsorted(known, prompt_ids), len(known) - 1)
+        if not np.array_equal(known[at], prompt_ids):
+            raise KeyError("pairs/ names prompts that prompts/ lacks; run the ingest stage again")
+        return list(table.column("prompt").take(at).to_pylist())
+
+
+def share_prompts(run: RunDir) -> PromptTexts:
+    """Put the prompts into the object store."""
+    table = run.read_table("prompts", columns=[schema.PROMPT_ID, "prompt"]).combine_chunks()
+    return PromptTexts(ray.put(table))
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Distinct (image, prompt) of one row group of the source, and the sides of pairs they answer.
+
+    images: distinct images to read, columns source_row and ref. image_of, prompt_of: int64 (R,) per
+    request, index into `images` and prompt_id. sides: per request, (pair_id, is_chosen) tuples.
+    """
+
+    images: pa.Table
+    image_of: np.ndarray
+    prompt_of: np.ndarray
+    sides: list[list[tuple[int, bool]]]
+
+
+def make_requests(pairs: pa.Table) -> Requests:
+    """The distinct (image, prompt) requests of pairs of one source file and row group.
+
+    Two images are the same where the dataset gives them the same uid, or is silent on uids and
+    they are the same row and reference.
+    """
+    images: dict[Any, int] = {}
+    requests: dict[tuple[int, int], int] = {}
+    places: list[tuple[int, str]] = []
+    sides: list[list[tuple[int, bool]]] = []
+    rows = pairs.to_pylist()
+    for is_chosen, side in ((True, "chosen"), (False, "rejected")):
+        for row in rows:
+            ref = row[f"{side}_ref"]
+            identity = row[f"{side}_uid"] or (row["source_row"], ref)
+            image = images.setdefault(identity, len(images))
+            if image == len(places):
+                places.append((row["source_row"], ref))
+            request = requests.setdefault((image, row[schema.PROMPT_ID]), len(requests))
+            if request == len(sides):
+                sides.append([])
+            sides[request].append((row[schema.PAIR_ID], is_chosen))
+    order = np.argsort([row for row, _ in places], kind="stable")
+    new_index = np.empty(len(places), np.int64)
+    new_index[order] = np.arange(len(places))
+    keys = np.array(list(requests), np.int64).reshape(-1, 2)
+    table = pa.table(
+        {
+            "source_row": pa.array([places[i][0] for i in order], pa.int64()),
+            "ref": pa.array([places[i][1] for i in order], pa.string()),
+        }
+    )
+    return Requests(table, new_index[keys[:, 0]], keys[:, 1], sides)
+
+
+@dataclass
+class ImageBatch:
+    """Decoded requests, ready for the model; `errors` of those that could not be read."""
+
+    images: list[np.ndarray]
+    prompts: list[str]
+    sides: list[list[tuple[int, bool]]]
+    errors: list[tuple[str, list[tuple[int, bool]]]]
+
+
+class LoadImages:
+    """Pairs -> decoded, resized images with their prompts. Picklable; loads no weights."""
+
+    def __init__(
+        self, source: Source, images: ImagesConfig, reward: RewardConfig, prompts: PromptTexts
+    ) -> None:
+        self.source, self.images, self.prompts = source, images, prompts
+        self.transform = build_image_transform(
+            reward.kind, reward.weights, options=reward.options
+        )
+
+    def __call__(self, pairs: pa.Table) -> Iterator[ImageBatch]:
+        """Batches in the order in which the source reads its images."""
+        pairs = pairs.set_column(
+            pairs.schema.get_field_index("source_file"),
+            "source_file",
+            pairs.column("source_file").cast(pa.string()),
+        )
+        files = pairs.column("source_file").unique().to_pylist()
+        for file in files:
+            of_file = pairs.filter(pc.equal(pairs.column("source_file"), file))
+            for group in of_file.column("source_group").unique().to_pylist():
+                chosen = pc.equal(of_file.column("source_group"), group)
+                yield from self._load_group(file, group, make_requests(of_file.filter(chosen)))
+
+    def as_columns(self, pairs: pa.Table) -> Iterator[dict[str, Any]]:
+        """The same as rows of a block, for scorers elsewhere; an error's row has no image."""
+        for batch in self(pairs):
+            count = len(batch.images)
+            if count:
+                yield {
+                    "image": np.stack(batch.images) if _same_shape(batch.images) else batch.images,
+                    "prompt": batch.prompts,
+                    "sides": [json.dumps(sides) for sides in batch.sides],
+                    "error": [""] * count,
+                }
+            if batch.errors:
+                blank = np.zeros(batch.images[0].shape if count else (3, 1, 1), np.uint8)
+                yield {
+                    "image": np.stack([blank] * len(batch.errors)),
+                    "prompt": [""] * len(batch.errors),
+                    "sides": [json.dumps(sides) for _, sides in batch.errors],
+                    "error": [reason for reason, _ in batch.errors],
+                }
+
+    def _load_group(self, file: str, group: int, requests: Requests) -> Iterator[ImageBatch]:
+        requests_of: list[list[int]] = [[] for _ in range(len(requests.images))]
+        for request, image in enumerate(requests.image_of):
+            requests_of[image].append(request)
+        texts = self.prompts.lookup(requests.prompt_of)
+        for read in self.source.read_images(file, group, requests.images):
+            batch = ImageBatch([], [], [], [])
+            for row in read.to_pylist():
+                wanted = requests_of[row["request"]]
+                try:
+                    image = self._decode(row["image"], row["error"])
+                except BadImage as bad:
+                    batch.errors += [(bad.reason, requests.sides[r]) for r in wanted]
+                    continue
+                for request in wanted:
+                    batch.images.append(image)
+                    batch.prompts.append(texts[request])
+                    batch.sides.append(requests.sides[request])
+            yield batch
+
+    def _decode(self, data: bytes | None, error: str | None) -> np.ndarray:
+        if data is None or error:
+            raise BadImage(error or "missing_image", "")
+        return self.transform(decode_image(data, self.images.max_pixels))
+
+
+def _same_shape(images: list[np.ndarray]) -> bool:
+    return all(image.shape == images[0].shape for image in images)
+
+
+class Scorer:
+    """A reward model in an actor: batches in, partial rows out."""
+
+    def __init__(self, reward: RewardConfig, device: str, info: RunDir) -> None:
+        import torch
+
+        if device == "cpu":
+            torch.set_num_threads(max(1, int(reward.actors.num_cpus)))
+        self.model = build_reward_model(
+            reward.kind,
+            reward.weights,
+            device=device,
+            dtype=reward.dtype,
+            batch_size=reward.batch_size,
+            trust_remote_code=reward.trust_remote_code,
+            options=reward.options,
+        )
+        info.write_text(json.dumps(self.model.info.as_dict(), default=str), "model.json")
+
+    def score(self, images: list[np.ndarray], prompts: list[str]) -> np.ndarray:
+        """float32 (S,) reward of each image for its prompt, each distinct one encoded once."""
+        distinct_prompts, prompt_index = np.unique(np.array(prompts, object), return_inverse=True)
+        at: dict[int, int] = {}
+        image_index = np.array([at.setdefault(id(image), len(at)) for image in images])
+        distinct_images = list({id(image): image for image in images}.values())
+        return self.model.score(
+            distinct_images, list(distinct_prompts), image_index, prompt_index.reshape(-1)
+        )
+
+
+class LoadAndScore:
+    """Decode and score in one CPU actor."""
+
+    def __init__(
+        self, loader: LoadImages, reward: RewardConfig, device: str, info: RunDir
+    ) -> None:
+        self.loader, self.scorer = loader, Scorer(reward, device, info)
+
+    def __call__(self, pairs: pa.Table) -> Iterator[pa.Table]:
+        for batch in self.loader(pairs):
+            rewards = self.scorer.score(batch.images, batch.prompts) if batch.images else []
+            errors = [""] * len(batch.images) + [reason for reason, _ in batch.errors]
+            sides = batch.sides + [sides for _, sides in batch.errors]
+            yield partial_rows(np.asarray(rewards, np.float32), errors, sides)
+
+
+class ScoreColumns(Scorer):
+    """Score blocks that `LoadImages.as_columns` made elsewhere."""
+
+    def __call__(self, columns: dict[str, np.ndarray]) -> pa.Table:
+        """One block of images to its partial rows."""
+        good = [i for i, error in enumerate(columns["error"]) if not error]
+        bad = [i for i, error in enumerate(columns["error"]) if error]
+        rewards = np.empty(0, np.float32)
+        if good:
+            images = [columns["image"][i] for i in good]
+            rewards = self.score(images, [columns["prompt"][i] for i in good])
+        errors = [columns["error"][i] for i in good + bad]
+        sides = [json.loads(columns["sides"][i]) for i in good + bad]
+        return partial_rows(rewards, errors, sides)
+
+
+def partial_rows(
+    rewards: np.ndarray, errors: list[str], sides: list[list[tuple[int, bool]]]
+) -> pa.Table:
+    """One row for each side of a pair; rewards are those of the rows whose error is empty.
+
+    A reward that is not finite becomes the error `nan_reward`.
+    """
+    values = np.full(len(errors), np.nan, np.float32)
+    values[: len(rewards)] = rewards
+    reasons = [
+        error or (None if np.isfinite(value) else "nan_reward")
+        for error, value in zip(errors, values, strict=True)
+    ]
+    counts = [len(of_request) for of_request in sides]
+    flat = [side for of_request in sides for side in of_request]
+    repeat = np.repeat(np.arange(len(errors)), counts)
+    return pa.table(
+        {
+            schema.PAIR_ID: pa.array([pair for pair, _ in flat], pa.int64()),
+            "is_chosen": pa.array([bool(chosen) for _, chosen in flat], pa.bool_()),
+            "reward": pa.array(values[repeat], pa.float32()),
+            "error": pa.array([reasons[i] for i in repeat], pa.string()),
+        },
+        schema=PARTIAL,
+    )
+
+
+def pairs_with_both_sides(rows: pa.Table) -> np.ndarray:
+    """int64 ids of pairs whose chosen and rejected image both have an answer."""
+    keys = rows.column(schema.PAIR_ID).to_numpy()
+    chosen = rows.column("is_chosen").to_numpy()
+    return np.intersect1d(keys[chosen], keys[~chosen])
+
+
+@dataclass(frozen=True)
+class AssembleRewards:
+    """Sides -> pairs; a pair with a bad side goes to quarantine with that side's reason."""
+
+    stage: str
+
+    def __call__(self, pairs: pa.Table, answers: pa.Table) -> tuple[pa.Table, pa.Table]:
+        is_chosen = answers.column("is_chosen")
+        chosen = first_by_key(answers.filter(is_chosen), schema.PAIR_ID)
+        rejected = first_by_key(answers.filter(pc.invert(is_chosen)), schema.PAIR_ID)
+        keys = pairs.column(schema.PAIR_ID).to_numpy()
+        for side in (chosen, rejected):
+            if not np.array_equal(side.column(schema.PAIR_ID).to_numpy(), keys):
+                missing = np.setdiff1d(keys, side.column(schema.PAIR_ID).to_numpy())
+                raise RuntimeError(
+                    f"stage {self.stage}: {len(missing):,} pairs have no answer (first: "
+                    f"{missing[:1]}); run the same command again to redo them"
+                )
+        reasons = pc.coalesce(chosen.column("error"), rejected.column("error"))
+        bad = pc.is_valid(reasons)
+        reward_chosen, reward_rejected = chosen.column("reward"), rejected.column("reward")
+        rewards = pa.table(
+            [
+                pairs.column(schema.PAIR_ID),
+                reward_chosen,
+                reward_rejected,
+                pc.subtract(reward_chosen, reward_rejected),
+            ],
+            schema=schema.REWARDS,
+        )
+        sides = pc.if_else(chosen.column("error").is_valid(), "chosen", "rejected")
+        detail = pc.binary_join_element_wise(sides, "image", " ")
+        quarantined = pairs.filter(bad)
+        return rewards.filter(pc.invert(bad)), quarantine_rows(
+            self.stage,
+            reasons.filter(bad),
+            detail=detail.filter(bad),
+            pair_id=quarantined.column(schema.PAIR_ID),
+            prompt_id=quarantined.column(schema.PROMPT_ID),
+            source_file=quarantined.column("source_file").cast(pa.string()),
+            source_row=quarantined.column("source_row"),
+        )

@@ -1,0 +1,479 @@
+"""All terms -> selected/: the K pairs of highest importance, and the baselines to compare with.
+
+Two or three streaming passes over small columns, one Ray task a part: exact moments of each term,
+(where several reward models vote, those of their average,) then the score and a bounded top-K.
+Nothing but these columns is read until K is known; then only the row groups of the K pairs' images.
+Changing a weight or K runs this stage alone.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+
+from fifa_ray.config import ConfigError, FifaConfig, SelectConfig, Strategy
+from fifa_ray.engine import selection_tables
+from fifa_ray.engine.terms import DROP_REASONS, PromptTerms, Terms, read_prompt_terms, read_terms
+from fifa_ray.run_dir import Manifest, RunDir, fingerprint
+from fifa_ray.scoring.importance import (
+    TopK,
+    empty_statistics,
+    importance_score,
+    select_top_k,
+    standardize,
+)
+from fifa_ray.scoring.margin import apply_margin_rule, average_margins
+from fifa_ray.scoring.moments import Moments, Ranks
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_PAIRS = 20_000
+GALLERY_GROUPS = ("best", "just_missed", "worst", "disagrees")
+
+Statistics = Moments | Ranks
+
+
+@dataclass
+class Population:
+    """Statistics of the pairs that one kind of strategy may choose from."""
+
+    margins: dict[str, Moments] = field(default_factory=dict)
+    margin: Statistics | None = None  # of the vote under the margin rule
+    prompt_quality: Statistics | None = None
+    log_kth_neighbor_distance: Statistics | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the three terms under one strategy."""
+
+    margin: float
+    quality: float
+    diversity: float
+
+
+def weights_of(strategy: Strategy, config: SelectConfig) -> Weights:
+    """A baseline keeps one term; `random` keeps none."""
+    return {
+        "fifa": Weights(config.margin_weight, config.quality_weight, config.diversity_weight),
+        "margin_only": Weights(1.0, 0.0, 0.0),
+        "quality_only": Weights(0.0, 1.0, 0.0),
+        "diversity_only": Weights(0.0, 0.0, 1.0),
+        "random": Weights(0.0, 0.0, 0.0),
+    }[strategy]
+
+
+def run_select(run: RunDir, config: FifaConfig) -> Manifest:
+    """Choose the K pairs and write selected/, selected_ids/, baselines/, gallery/, scored_sample/.
+
+    The hard filters (quality, harmful) belong to the method, so baselines choose among all scored
+    pairs. Raises ValueError when no pair is left to choose from, naming what dropped them.
+    """
+    upstream = _upstream(run, config)
+    stage_fingerprint = fingerprint(
+        "selected", upstream, config.select.model_dump(mode="json"), config.seed,
+        config.report.gallery_size,
+    )
+    found = run.manifest("selected")
+    if found is not None and found.fingerprint == stage_fingerprint:
+        logger.info("selected: already complete, %s pairs", f"{found.rows_out:,}")
+        return found
+    run.invalidate("selected")
+    for table in ("selected_ids", "baselines", "gallery", "scored_sample"):
+        run.remove(table)
+    started = time.monotonic()
+    parts = run.list("pairs")
+    shared = ray.put(read_prompt_terms(run, config))
+    strategies = _strategies(config)
+    populations, counts = collect_statistics(run, config, parts, shared, strategies)
+    num_scored = sum(counts.values())
+    _check_any_left(config, counts)
+    tops = rank_pairs(run, config, parts, shared, strategies, populations)
+    sets = {name: _chosen(run, config, name, tops[name].best()) for name in strategies}
+    kept = sets[config.select.strategy]
+    if len(kept["pair_id"]) < config.select.selection_size:
+        logger.warning(
+            "select.selection_size is %s but only %s pairs can be chosen: all of them are kept",
+            f"{config.select.selection_size:,}", f"{len(kept['pair_id']):,}",
+        )
+    details = selection_tables.write_selection(run, config, sets, _extras(config, tops, kept))
+    dropped = {reason: n for reason, n in counts.items() if reason and n}
+    manifest = Manifest(
+        stage="selected",
+        fingerprint=stage_fingerprint,
+        rows_in=num_scored,
+        rows_out=len(kept["pair_id"]),
+        quarantined=dropped | {"not_selected": counts[""] - len(kept["pair_id"])}
+        if config.select.strategy == "fifa"
+        else {"not_selected": num_scored - len(kept["pair_id"])},
+        seconds=time.monotonic() - started,
+        config=config.select.model_dump(mode="json"),
+        details=details
+        | {
+            "num_scored": num_scored,
+            "dropped": dropped,
+            "threshold": float(kept["importance_score"].min()),
+            "terms": _describe(populations["eligible"]),
+            "reward_models": tops["agreement"],
+        },
+    )
+    return run.publish(manifest)
+
+
+def _upstream(run: RunDir, config: FifaConfig) -> dict[str, str]:
+    stages = ["pairs", *(f"rewards/{reward.name}" for reward in config.rewards), "neighbors"]
+    if config.judge.enabled:
+        stages.append("quality")
+    found = {stage: run.manifest(stage) for stage in stages}
+    missing = [stage for stage, manifest in found.items() if manifest is None]
+    if missing:
+        raise ConfigError(
+            f"{run.uri} lacks the complete stages {missing}; run `fifa filter` with the same "
+            "configuration, it does only what is missing"
+        )
+    return {stage: manifest.fingerprint for stage, manifest in found.items() if manifest}
+
+
+def _strategies(config: FifaConfig) -> list[Strategy]:
+    wanted = [config.select.strategy, *config.select.compare]
+    if not config.judge.enabled:
+        wanted = [strategy for strategy in wanted if strategy != "quality_only"]
+    return list(dict.fromkeys(wanted))
+
+
+def _check_any_left(config: FifaConfig, counts: Mapping[str, int]) -> None:
+    left = counts[""] if config.select.strategy == "fifa" else sum(counts.values())
+    if not left:
+        raise ValueError(
+            f"no pair is left to choose from: {dict(counts)}; loosen select.min_quality or "
+            "select.exclude_harmful, or look at quarantine/ for why pairs have no score"
+        )
+
+
+def population_of(strategy: Strategy) -> str:
+    """Baselines see every scored pair; the method's hard filters are its own."""
+    return "eligible" if strategy == "fifa" else "scored"
+
+
+def _mask(terms: Terms, population: str) -> np.ndarray:
+    if population == "eligible":
+        return terms.dropped == 0
+    return terms.dropped != DROP_REASONS.index("unscored")
+
+
+def collect_statistics(
+    run: RunDir,
+    config: FifaConfig,
+    parts: Sequence[str],
+    shared: "ray.ObjectRef[PromptTerms]",
+    strategies: Sequence[Strategy],
+) -> tuple[dict[str, Population], dict[str, int]]:
+    """Statistics of each population, and the number of pairs by drop reason ("" = eligible)."""
+    names = {population_of(strategy) for strategy in strategies} | {"eligible"}
+    populations = {name: Population() for name in names}
+    counts = dict.fromkeys(DROP_REASONS, 0)
+    for found, dropped in _each(_statistics_of_part, parts, run, config, shared, sorted(names)):
+        for name in names:
+            _merge_population(populations[name], found[name])
+        for reason, count in zip(DROP_REASONS, dropped, strict=True):
+            counts[reason] += int(count)
+    if _margin_needs_a_pass(config):
+        for by_name in _each(_vote_of_part, parts, run, config, shared, populations):
+            for name, statistics in by_name.items():
+                mine = populations[name].margin
+                populations[name].margin = statistics if mine is None else mine.merge(statistics)
+    else:
+        for population in populations.values():
+            population.margin = population.margins[config.rewards[0].name]
+    return populations, counts
+
+
+def _margin_needs_a_pass(config: FifaConfig) -> bool:
+    """Whether what is standardised is not simply one model's margin."""
+    select = config.select
+    return (
+        len(config.rewards) > 1
+        or select.margin_rule == "absolute"
+        or select.standardization == "rank"
+    )
+
+
+def _merge_population(mine: Population, other: Population) -> None:
+    for name, moments in other.margins.items():
+        mine.margins[name] = mine.margins[name].merge(moments) if name in mine.margins else moments
+    for term in ("prompt_quality", "log_kth_neighbor_distance"):
+        old, new = getattr(mine, term), getattr(other, term)
+        setattr(mine, term, new if old is None else old.merge(new))
+
+
+def _each(task: Any, parts: Sequence[str], *arguments: Any) -> Iterable[Any]:
+    """Results of one task a part, in order of the parts, a bounded number in flight."""
+    limit = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+    queue = [task.remote(part, *arguments) for part in parts[:limit]]
+    for part in (*parts[limit:], *[None] * min(limit, len(parts))):
+        result = ray.get(queue.pop(0))
+        if part is not None:
+            queue.append(task.remote(part, *arguments))
+        yield result
+
+
+@ray.remote(num_cpus=1)
+def _statistics_of_part(
+    part: str,
+    run: RunDir,
+    config: FifaConfig,
+    shared: PromptTerms,
+    names: list[str],
+) -> tuple[dict[str, Population], np.ndarray]:
+    terms = read_terms(run, part, config, shared)
+    rule = config.select.standardization
+    found = {}
+    for name in names:
+        rows = terms.where(_mask(terms, name))
+        found[name] = Population(
+            margins={model: Moments.of(values) for model, values in rows.margins.items()},
+            prompt_quality=empty_statistics(rule).update(rows.prompt_quality),
+            log_kth_neighbor_distance=empty_statistics(rule).update(rows.log_kth_neighbor_distance),
+        )
+    return found, np.bincount(terms.dropped, minlength=len(DROP_REASONS))
+
+
+@ray.remote(num_cpus=1)
+def _vote_of_part(
+    part: str,
+    run: RunDir,
+    config: FifaConfig,
+    shared: PromptTerms,
+    populations: dict[str, Population],
+) -> dict[str, Statistics]:
+    terms = read_terms(run, part, config, shared)
+    found: dict[str, Statistics] = {}
+    for name, population in populations.items():
+        rows = terms.where(_mask(terms, name))
+        values = margin_values(rows, population, config)
+        found[name] = empty_statistics(config.select.standardization).update(values)
+    return found
+
+
+def vote(
+    terms: Terms, population: Population, config: FifaConfig
+) -> tuple[np.ndarray, float, float]:
+    """One signed margin a pair (float64), the only model's or the average, its mean and spread."""
+    models = list(population.margins)
+    if len(models) == 1:
+        moments = population.margins[models[0]]
+        return np.asarray(terms.margins[models[0]], np.float64), moments.mean, moments.std
+    weights = {reward.name: reward.vote_weight for reward in config.rewards}
+    margin = average_margins(
+        [terms.margins[model] for model in models],
+        [population.margins[model] for model in models],
+        [weights[model] for model in models],
+    )
+    return margin, 0.0, 1.0
+
+
+def margin_values(terms: Terms, population: Population, config: FifaConfig) -> np.ndarray:
+    """The vote under the margin rule; the band of `clipped` is in standard deviations."""
+    margin, mean, std = vote(terms, population, config)
+    low, high = config.select.margin_clip
+    if config.select.margin_rule == "clipped" and not std > 0:
+        return margin
+    return apply_margin_rule(margin, config.select.margin_rule, (mean + low * std, mean + high * std))
+
+
+def score_terms(
+    terms: Terms, population: Population, config: FifaConfig, strategy: Strategy
+) -> dict[str, np.ndarray]:
+    """Importance score and its weighted terms (float64) of pairs, under one strategy."""
+    rule = config.select.standardization
+    weights = weights_of(strategy, config.select)
+    assert population.margin is not None
+    margin = standardize(margin_values(terms, population, config), rule, population.margin)
+    quality = standardize(terms.prompt_quality, rule, population.prompt_quality)
+    if config.select.quality_error_policy == "neutral":
+        quality = np.where(np.isnan(quality), _neutral(population.prompt_quality, rule), quality)
+    diversity = standardize(
+        terms.log_kth_neighbor_distance, rule, population.log_kth_neighbor_distance
+    )
+    if strategy == "random":
+        score = uniform_hash(terms.pair_id, config.seed)
+    else:
+        score = importance_score(
+            margin,
+            quality,
+            diversity,
+            margin_weight=weights.margin,
+            quality_weight=weights.quality,
+            diversity_weight=weights.diversity,
+        )
+    return {
+        "importance_score": score,
+        "reward_margin": vote(terms, population, config)[0],
+        "margin_term": _weighted(weights.margin, margin),
+        "quality_term": _weighted(weights.quality, quality),
+        "diversity_term": _weighted(weights.diversity, diversity),
+    }
+
+
+def _weighted(weight: float, term: np.ndarray) -> np.ndarray:
+    return weight * term if weight else np.zeros(len(term))
+
+
+def _neutral(statistics: Statistics | None, rule: str) -> float:
+    """What an unrated prompt's quality counts as: the mean of the rated ones."""
+    return statistics.mean if rule == "none" and isinstance(statistics, Moments) else 0.0
+
+
+def uniform_hash(pair_id: np.ndarray, seed: int) -> np.ndarray:
+    """Pseudo-random float64 in [0, 1) of each id: SplitMix64's finaliser, so no order matters."""
+    x = pair_id.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 1) % (1 << 64))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def rank_pairs(
+    run: RunDir,
+    config: FifaConfig,
+    parts: Sequence[str],
+    shared: "ray.ObjectRef[PromptTerms]",
+    strategies: Sequence[Strategy],
+    populations: Mapping[str, Population],
+) -> dict[str, Any]:
+    """Bounded best-of accumulators of every strategy, of the galleries and of the sample."""
+    wanted = _accumulators(config, strategies)
+    agree = dict.fromkeys((reward.name for reward in config.rewards), 0.0)
+    scored = 0
+    for tops, agreement, count in _each(
+        _rank_part, parts, run, config, shared, list(strategies), dict(populations)
+    ):
+        scored += count
+        for name, top in tops.items():
+            wanted[name].merge(top)
+        for name, value in agreement.items():
+            agree[name] += value
+    shares = {name: {"agreement": value / max(1, scored)} for name, value in agree.items()}
+    return {**wanted, "agreement": shares}
+
+
+def _accumulators(config: FifaConfig, strategies: Sequence[Strategy]) -> dict[str, TopK]:
+    select, gallery = config.select, max(1, config.report.gallery_size)
+    sizes = {strategy: select.selection_size for strategy in strategies}
+    pool = int(select.greedy_pool) if select.selector == "greedy" else 1
+    sizes[select.strategy] = select.selection_size * pool + gallery
+    tops = {
+        name: TopK(size, max_pairs_per_prompt=select.max_pairs_per_prompt)
+        for name, size in sizes.items()
+    }
+    return tops | {
+        "worst": TopK(gallery), "disagrees": TopK(gallery), "sample": TopK(SAMPLE_PAIRS),
+    }
+
+
+@ray.remote(num_cpus=1)
+def _rank_part(
+    part: str,
+    run: RunDir,
+    config: FifaConfig,
+    shared: PromptTerms,
+    strategies: list[Strategy],
+    populations: dict[str, Population],
+) -> tuple[dict[str, TopK], dict[str, float], int]:
+    terms = read_terms(run, part, config, shared)
+    tops = _accumulators(config, strategies)
+    part_index = int(part.removesuffix(".parquet").rpartition("-")[2])
+    for strategy in strategies:
+        population = population_of(strategy)
+        rows = np.flatnonzero(_mask(terms, population))
+        chosen = terms.where(rows)
+        scores = score_terms(chosen, populations[population], config, strategy)
+        _push(tops[strategy], scores["importance_score"], chosen, part_index, rows, scores)
+        if strategy == config.select.strategy:
+            _push(tops["worst"], -scores["importance_score"], chosen, part_index, rows, scores)
+    scored = np.flatnonzero(_mask(terms, "scored"))
+    of_scored = terms.where(scored)
+    main = config.select.strategy
+    scores = score_terms(of_scored, populations[population_of(main)], config, main)
+    first = of_scored.margins[config.rewards[0].name]
+    _push(tops["disagrees"], -first.astype(np.float64), of_scored, part_index, scored, scores)
+    sample_key = uniform_hash(of_scored.pair_id, config.seed + 1)
+    _push(tops["sample"], sample_key, of_scored, part_index, scored, scores)
+    agreement = {
+        name: float((values > 0).sum() + 0.5 * (values == 0).sum())
+        for name, values in of_scored.margins.items()
+    }
+    return tops, agreement, len(scored)
+
+
+def _push(
+    top: TopK,
+    key: np.ndarray,
+    terms: Terms,
+    part_index: int,
+    rows: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+) -> None:
+    """Offer pairs under a key; only those that can matter are gathered."""
+    best = select_top_k(
+        key, terms.pair_id, top.selection_size,
+        prompt_id=terms.prompt_id, max_pairs_per_prompt=top.max_pairs_per_prompt,
+    )
+    chosen = terms.where(best)
+    top.push(
+        key[best],
+        chosen.pair_id,
+        prompt_id=chosen.prompt_id,
+        part=np.full(len(best), part_index, np.int32),
+        row=rows[best],
+        prompt_quality=chosen.prompt_quality,
+        log_kth_neighbor_distance=chosen.log_kth_neighbor_distance,
+        dropped=chosen.dropped,
+        score=scores["importance_score"][best],
+        **{name: scores[name][best] for name in scores if name != "importance_score"},
+        **{f"reward_margin_{name}": values for name, values in chosen.margins.items()},
+    )
+
+
+def _chosen(
+    run: RunDir, config: FifaConfig, strategy: Strategy, ranked: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The K of one strategy, best first."""
+    size = config.select.selection_size
+    if strategy != config.select.strategy or config.select.selector == "top_k":
+        return {name: values[:size] for name, values in ranked.items()}
+    from fifa_ray.engine.greedy import choose_greedily
+
+    return choose_greedily(run, config, ranked)
+
+
+def _extras(
+    config: FifaConfig, tops: Mapping[str, Any], kept: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, np.ndarray]]:
+    """What the report shows beside the selection."""
+    gallery = config.report.gallery_size
+    ranked = tops[config.select.strategy].best()
+    missed = np.flatnonzero(~np.isin(ranked["pair_id"], kept["pair_id"]))[:gallery]
+    groups = {
+        "best": {name: values[:gallery] for name, values in kept.items()},
+        "just_missed": {name: values[missed] for name, values in ranked.items()},
+        "worst": tops["worst"].best(),
+        "disagrees": tops["disagrees"].best(),
+    }
+    return groups | {"sample": tops["sample"].best()}
+
+
+def _describe(population: Population) -> dict[str, dict[str, float]]:
+    described = {
+        f"reward_margin_{name}": {"mean": m.mean, "std": m.std}
+        for name, m in population.margins.items()
+    }
+    for term in ("prompt_quality", "log_kth_neighbor_distance"):
+        statistics = getattr(population, term)
+        if isinstance(statistics, Moments):
+            described[term] = {"mean": statistics.mean, "std": statistics.std}
+    return described
