@@ -1,5 +1,11 @@
 """The mathematics of the filter on numpy arrays: no Ray, no torch, no files, no configuration."""
 
+from fifa_ray.scoring.diversity import (
+    knn_entropy,
+    knn_entropy_from_distances,
+    kth_neighbor_distance,
+    log_kth_neighbor_distance,
+)
 from fifa_ray.scoring.importance import (
     TopK,
     empty_statistics,
@@ -24,6 +30,10 @@ __all__ = [
     "disagrees_with_human",
     "empty_statistics",
     "importance_score",
+    "knn_entropy",
+    "knn_entropy_from_distances",
+    "kth_neighbor_distance",
+    "log_kth_neighbor_distance",
     "reward_margin",
     "select_top_k",
     "standardize",
