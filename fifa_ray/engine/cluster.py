@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray._private import ray_constants
 
 from fifa_ray.config import ActorsConfig, RayConfig
 
@@ -24,6 +25,7 @@ def connect(config: RayConfig) -> None:
     if address and address != "local":
         ray.init(address=address, runtime_env=config.runtime_env, log_to_driver=False)
     else:
+        _listen_on_loopback_only()
         ray.init(
             address="local",
             num_cpus=config.num_cpus,
@@ -32,7 +34,6 @@ def connect(config: RayConfig) -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
-            _node_ip_address="127.0.0.1",
         )
     resources = ray.cluster_resources()
     logger.info(
@@ -42,6 +43,16 @@ def connect(config: RayConfig) -> None:
         resources.get("GPU", 0),
         resources.get("object_store_memory", 0) / 1e9,
     )
+
+
+def _listen_on_loopback_only() -> None:
+    """Bind a local cluster to 127.0.0.1, as Ray itself does on macOS and Windows.
+
+    Ray offers no argument for it on Linux, where it would open its ports on every interface. Its
+    worker processes read the variable; this process, which imported Ray long ago, the constant.
+    """
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def quiet_ray_data() -> None:

@@ -1,0 +1,191 @@
+"""`fifa ...`: the command line. Every setting it takes is a field of `fifa_ray.config`."""
+
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+from fifa_ray import __version__
+from fifa_ray.config import (
+    ConfigError,
+    describe_fields,
+    dump_config,
+    load_config,
+    preset_names,
+)
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def _explained(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn errors that a user can mend into one message and an exit code; the rest stay loud."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (ConfigError, ValueError, FileNotFoundError, PermissionError) as error:
+            _fail(error, EXIT_BAD_INPUT)
+        except RuntimeError as error:
+            _fail(error, EXIT_FAILED)
+        except KeyboardInterrupt:
+            click.echo("Stopped. The same command goes on from here.", err=True)
+            sys.exit(EXIT_INTERRUPTED)
+
+    return run
+
+
+def _fail(error: Exception, code: int) -> None:
+    if click.get_current_context().find_root().params.get("debug"):
+        raise error
+    cause = error
+    while getattr(cause, "cause", None) is not None:  # Ray wraps what its tasks raise
+        cause = cause.cause  # type: ignore[attr-defined]
+    click.echo(f"Error: {cause}", err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show where an error came from.")
+@click.option("-q", "--quiet", is_flag=True, help="Warnings and results only.")
+def main(debug: bool, quiet: bool) -> None:
+    """Keep the few preference pairs that matter."""
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    logging.getLogger("fifa_ray").setLevel(
+        logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+    )
+
+
+@main.command("filter")
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and stop.")
+@_explained
+def filter_command(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Run the filter that CONFIG describes: a YAML file or a preset's name.
+
+    Running the same command again skips what is complete and goes on with the rest.
+    """
+    loaded = load_config(config, overrides)
+    if dry_run:
+        click.echo(dump_config(loaded), nl=False)
+        return
+    from fifa_ray.pipeline import run_filter
+
+    _say_where(run_filter(loaded))
+
+
+@main.command()
+@click.argument("run")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_explained
+def select(run: str, overrides: tuple[str, ...]) -> None:
+    """Choose again from the scores of RUN, e.g. `fifa select runs/x select.selection_size=500`."""
+    from fifa_ray.pipeline import reselect
+
+    _say_where(reselect(run, overrides))
+
+
+@main.command()
+@click.argument("run")
+@_explained
+def report(run: str) -> None:
+    """Write RUN's report.html again."""
+    from fifa_ray.pipeline import open_run
+    from fifa_ray.report import write_report
+
+    opened, _ = open_run(run)
+    click.echo(write_report(opened))
+
+
+@main.command()
+@click.argument("run")
+@_explained
+def inspect(run: str) -> None:
+    """Summarise RUN in the terminal: rows, quarantine, terms, best and just-missed prompts."""
+    from fifa_ray.pipeline import open_run
+    from fifa_ray.report.inspect import summarize_run
+
+    opened, _ = open_run(run)
+    click.echo(summarize_run(opened), nl=False)
+
+
+@main.command("fit-reward")
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_explained
+def fit_reward(config: str, overrides: tuple[str, ...]) -> None:
+    """Fit a reward model to CONFIG's own labels, cross-fitted by prompt, and say how good it is."""
+    from fifa_ray.pipeline import fit_reward as fit
+
+    for line in fit(load_config(config, overrides)):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("config", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_explained
+def doctor(config: str | None, overrides: tuple[str, ...]) -> None:
+    """Say what this machine or cluster can run, and what to do about what is missing."""
+    from fifa_ray.doctor import examine
+
+    findings = examine(load_config(config, overrides) if config else None)
+    width = max(len(finding.what) for finding in findings)
+    for finding in findings:
+        click.echo(f"{finding.mark:4} {finding.what:{width}}  {finding.found}")
+        if finding.fix:
+            click.echo(f"     {'':{width}}  -> {finding.fix}")
+    if any(finding.mark == "FAIL" for finding in findings):
+        sys.exit(EXIT_FAILED)
+
+
+@main.command()
+@click.option("--run-dir", default="runs/demo", show_default=True, help="Where to put the run.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_explained
+def demo(run_dir: str, overrides: tuple[str, ...]) -> None:
+    """Filter the embedded world of drawn scenes, and prove what it kept against the truth."""
+    from fifa_ray.demo.run import run_demo
+
+    run, lines = run_demo(run_dir, overrides)
+    for line in lines:
+        click.echo(line)
+    _say_where(run)
+
+
+@main.command("config")
+@click.argument("preset", required=False)
+@_explained
+def config_command(preset: str | None) -> None:
+    """List every setting with its type, default and meaning; or print a PRESET to start from."""
+    if preset:
+        click.echo(dump_config(load_config(preset)), nl=False)
+        return
+    click.echo(f"Presets: {', '.join(preset_names())}\n")
+    for name, kind, default, text in describe_fields():
+        click.echo(f"{name}: {kind} = {default}\n    {text}")
+
+
+def _say_where(run: Any) -> None:
+    selected = run.manifest("selected")
+    if selected is not None:
+        click.echo(f"{selected.rows_out:,} of {selected.rows_in:,} scored pairs kept")
+    click.echo(f"Selected pairs: {run.path('selected')}")
+    if run.exists("report.html"):
+        click.echo(f"Report: {run.path('report.html')}")
+
+
+if __name__ == "__main__":
+    main()
