@@ -1,0 +1,1 @@
+"""Adapters that make other people's networks look alike; heavy imports inside."""
