@@ -4,6 +4,7 @@ A configuration is a YAML file (or the name of a packaged preset) plus dotted ov
 `select.selection_size=1000` or `rewards.0.batch_size=64`. Unknown keys are errors.
 """
 
+import copy
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -113,8 +114,11 @@ class RewardConfig(Section):
         "imagereward",
         "hpsv3",
         "fitted",
-    ] = Field("pickscore", description="Which authors' model and formula; fitted: Bradley-Terry on "
-              "this dataset's own labels, cross-fitted by prompt.")
+    ] = Field(
+        "pickscore",
+        description="Which authors' model and formula; fitted: Bradley-Terry on "
+        "this dataset's own labels, cross-fitted by prompt.",
+    )
     weights: str | None = Field(
         None,
         description="Hub name, local folder or file; null: the authors' hub name. For fitted: an "
@@ -334,6 +338,24 @@ class FifaConfig(Section):
     ray: RayConfig = Field(default_factory=RayConfig)
 
     @model_validator(mode="after")
+    def _judge_or_no_quality(self) -> "FifaConfig":
+        needs_judge = [
+            f"select.{name}={off}"
+            for name, off, used in (
+                ("quality_weight", "0", self.select.quality_weight > 0),
+                ("exclude_harmful", "false", self.select.exclude_harmful),
+                ("min_quality", "null", self.select.min_quality is not None),
+            )
+            if used
+        ]
+        if not self.judge.enabled and needs_judge:
+            raise ValueError(
+                "with judge.enabled=false there is no quality and no harmful flag: "
+                f"also set {' '.join(needs_judge)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _unique_rewards(self) -> "FifaConfig":
         names = [reward.name for reward in self.rewards]
         if len(set(names)) < len(names):
@@ -344,16 +366,21 @@ class FifaConfig(Section):
 def preset_names() -> list[str]:
     """Names of the packaged configurations."""
     folder = resources.files("fifa_ray") / "presets"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
 
 
-def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> FifaConfig:
+def load_config(
+    config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> FifaConfig:
     """Read a YAML file, a preset's name or a mapping, apply `a.b=value` overrides, check all.
 
     Raises ConfigError for a missing file, YAML that is not a mapping, and every bad key or value,
     each with its dotted place and, for an unknown key, the nearest known one.
     """
-    values = dict(config) if isinstance(config, Mapping) else _read_yaml(str(config))
+    given = config if isinstance(config, Mapping) else _read_yaml(str(config))
+    values = copy.deepcopy(dict(given))
     for override in overrides:
         _apply_override(values, override)
     try:
@@ -367,9 +394,9 @@ def dump_config(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def describe_fields(section: type[BaseModel] = FifaConfig, prefix: str = "") -> Iterator[
-    tuple[str, str, str, str]
-]:
+def describe_fields(
+    section: type[BaseModel] = FifaConfig, prefix: str = ""
+) -> Iterator[tuple[str, str, str, str]]:
     """(dotted name, type, default, description) of every setting: the source of the reference."""
     for name, info in section.model_fields.items():
         inner = _section_of(info.annotation)
@@ -378,7 +405,9 @@ def describe_fields(section: type[BaseModel] = FifaConfig, prefix: str = "") -> 
             many = inner is not info.annotation
             yield from describe_fields(inner, f"{place}.{'N.' if many else ''}")
             continue
-        default = "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
+        default = (
+            "required" if info.is_required() else repr(info.get_default(call_default_factory=True))
+        )
         kind = getattr(info.annotation, "__name__", None) or str(info.annotation)
         if not isinstance(info.annotation, type):
             kind = str(info.annotation).replace("typing.", "")
@@ -417,7 +446,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"the value of override {override!r} is not valid YAML: {error}") from None
+        raise ConfigError(
+            f"the value of override {override!r} is not valid YAML: {error}"
+        ) from None
     *path, last = key.split(".")
     here: Any = values
     for step in path:

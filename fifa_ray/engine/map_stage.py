@@ -81,7 +81,9 @@ def run_map_stage(
     total = run.num_rows(stage.input_table)
     done = _done_keys(run, stage, partial)
     if len(done):
-        logger.info("%s: %s of %s rows were done before", stage.name, f"{len(done):,}", f"{total:,}")
+        logger.info(
+            "%s: %s of %s rows were done before", stage.name, f"{len(done):,}", f"{total:,}"
+        )
     if len(done) < total:
         _execute(run, stage, partial, transform, done, total)
     counts = _align(run, stage, partial)
@@ -271,7 +273,9 @@ def _align_part(
         )
     run.write_table(out, *stage.name.split("/"), part)
     if len(bad):
-        run.write_table(bad.select(schema.QUARANTINE.names), "quarantine", *stage.name.split("/"), part)
+        run.write_table(
+            bad.select(schema.QUARANTINE.names), "quarantine", *stage.name.split("/"), part
+        )
     counts = {"": len(out)}
     for entry in bad.column("reason").value_counts().to_pylist():
         counts[entry["values"]] = entry["counts"]
@@ -299,4 +303,8 @@ def quarantine_rows(stage: str, reasons: Sequence[str], **columns: Any) -> pa.Ta
 
 
 def _as_array(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
-    return values.cast(kind) if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values, kind)
+    return (
+        values.cast(kind)
+        if isinstance(values, pa.Array | pa.ChunkedArray)
+        else pa.array(values, kind)
+    )

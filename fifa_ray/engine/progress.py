@@ -35,7 +35,12 @@ class Progress:
         share = self.done / max(1, self.total)
         logger.info(
             "%s: %s of %s rows (%.0f%%), %.1f rows/s%s",
-            self.stage, f"{self.done:,}", f"{self.total:,}", 100 * share, rate, until,
+            self.stage,
+            f"{self.done:,}",
+            f"{self.total:,}",
+            100 * share,
+            rate,
+            until,
         )
 
 

@@ -246,9 +246,7 @@ class LoadImages:
         self, source: Source, images: ImagesConfig, reward: RewardConfig, prompts: PromptTexts
     ) -> None:
         self.source, self.images, self.prompts = source, images, prompts
-        self.transform = build_image_transform(
-            reward.kind, reward.weights, options=reward.options
-        )
+        self.transform = build_image_transform(reward.kind, reward.weights, options=reward.options)
 
     def __call__(self, pairs: pa.Table) -> Iterator[ImageBatch]:
         """Batches in the order in which the source reads its images."""
@@ -347,9 +345,7 @@ class Scorer:
 class LoadAndScore:
     """Decode and score in one CPU actor."""
 
-    def __init__(
-        self, loader: LoadImages, reward: RewardConfig, device: str, info: RunDir
-    ) -> None:
+    def __init__(self, loader: LoadImages, reward: RewardConfig, device: str, info: RunDir) -> None:
         self.loader, self.scorer = loader, Scorer(reward, device, info)
 
     def __call__(self, pairs: pa.Table) -> Iterator[pa.Table]:

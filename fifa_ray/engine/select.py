@@ -75,7 +75,10 @@ def run_select(run: RunDir, config: FifaConfig) -> Manifest:
     """
     upstream = _upstream(run, config)
     stage_fingerprint = fingerprint(
-        "selected", upstream, config.select.model_dump(mode="json"), config.seed,
+        "selected",
+        upstream,
+        config.select.model_dump(mode="json"),
+        config.seed,
         config.report.gallery_size,
     )
     found = run.manifest("selected")
@@ -98,7 +101,8 @@ def run_select(run: RunDir, config: FifaConfig) -> Manifest:
     if len(kept["pair_id"]) < config.select.selection_size:
         logger.warning(
             "select.selection_size is %s but only %s pairs can be chosen: all of them are kept",
-            f"{config.select.selection_size:,}", f"{len(kept['pair_id']):,}",
+            f"{config.select.selection_size:,}",
+            f"{len(kept['pair_id']):,}",
         )
     details = selection_tables.write_selection(run, config, sets, _extras(config, tops, kept))
     dropped = {reason: n for reason, n in counts.items() if reason and n}
@@ -282,7 +286,9 @@ def margin_values(terms: Terms, population: Population, config: FifaConfig) -> n
     low, high = config.select.margin_clip
     if config.select.margin_rule == "clipped" and not std > 0:
         return margin
-    return apply_margin_rule(margin, config.select.margin_rule, (mean + low * std, mean + high * std))
+    return apply_margin_rule(
+        margin, config.select.margin_rule, (mean + low * std, mean + high * std)
+    )
 
 
 def score_terms(
@@ -371,7 +377,9 @@ def _accumulators(config: FifaConfig, strategies: Sequence[Strategy]) -> dict[st
         for name, size in sizes.items()
     }
     return tops | {
-        "worst": TopK(gallery), "disagrees": TopK(gallery), "sample": TopK(SAMPLE_PAIRS),
+        "worst": TopK(gallery),
+        "disagrees": TopK(gallery),
+        "sample": TopK(SAMPLE_PAIRS),
     }
 
 
@@ -420,8 +428,11 @@ def _push(
 ) -> None:
     """Offer pairs under a key; only those that can matter are gathered."""
     best = select_top_k(
-        key, terms.pair_id, top.selection_size,
-        prompt_id=terms.prompt_id, max_pairs_per_prompt=top.max_pairs_per_prompt,
+        key,
+        terms.pair_id,
+        top.selection_size,
+        prompt_id=terms.prompt_id,
+        max_pairs_per_prompt=top.max_pairs_per_prompt,
     )
     chosen = terms.where(best)
     top.push(

@@ -45,8 +45,11 @@ def write_selection(
     source = open_source(config.ingest, config.images) if config.select.images else None
     refs = [
         _write_selected_part.remote(
-            run, config, source, {name: values[start : start + PAIRS_PER_PART]
-                                  for name, values in kept.items()}, start
+            run,
+            config,
+            source,
+            {name: values[start : start + PAIRS_PER_PART] for name, values in kept.items()},
+            start,
         )
         for start in range(0, len(kept["pair_id"]), PAIRS_PER_PART)
     ]
@@ -80,8 +83,10 @@ def describe_pairs(run: RunDir, columns: Columns, first_rank: int = 1) -> pa.Tab
         "log_kth_neighbor_distance": columns["log_kth_neighbor_distance"],
         **{name: columns[name] for name in TERM_COLUMNS},
         "source_file": rows.column("source_file").cast(pa.string()),
-        **{name: rows.column(name)
-           for name in ("source_row", "source_id", "chosen_uid", "rejected_uid")},
+        **{
+            name: rows.column(name)
+            for name in ("source_row", "source_id", "chosen_uid", "rejected_uid")
+        },
     }
     models = sorted(name for name in columns if name.startswith("reward_margin_"))
     fields = [*schema.SELECTED_TERMS, *(pa.field(name, pa.float64()) for name in models)]
@@ -114,7 +119,8 @@ def _prompt_texts(run: RunDir, prompt_ids: np.ndarray) -> pa.Array:
     wanted = pa.array(np.unique(prompt_ids))
     dataset = pads.dataset(
         [run.path("prompts", name) for name in run.list("prompts")],
-        filesystem=run.filesystem, format="parquet",
+        filesystem=run.filesystem,
+        format="parquet",
     )
     table = dataset.to_table(
         columns=["prompt_id", "prompt"], filter=pads.field("prompt_id").isin(wanted)
@@ -246,9 +252,7 @@ def _measure(run: RunDir, config: FifaConfig, columns: Columns, kept: Columns) -
     }
 
 
-def set_entropy(
-    run: RunDir, prompt_ids: np.ndarray, num_neighbors: int, seed: int
-) -> float | None:
+def set_entropy(run: RunDir, prompt_ids: np.ndarray, num_neighbors: int, seed: int) -> float | None:
     """knn_entropy (nats) of distinct prompts; None for a set of too few."""
     if len(prompt_ids) > ENTROPY_PROMPTS:
         sample = np.random.default_rng(seed).choice(len(prompt_ids), ENTROPY_PROMPTS, replace=False)
@@ -262,7 +266,8 @@ def read_embeddings(run: RunDir, prompt_ids: np.ndarray) -> np.ndarray:
     """float32 (N, D) embeddings of these distinct prompts, in their order."""
     dataset = pads.dataset(
         [run.path("embeddings", name) for name in run.list("embeddings")],
-        filesystem=run.filesystem, format="parquet",
+        filesystem=run.filesystem,
+        format="parquet",
     )
     wanted = pads.field("prompt_id").isin(pa.array(np.sort(prompt_ids)))
     table = dataset.to_table(filter=wanted).sort_by("prompt_id")
