@@ -1,0 +1,171 @@
+"""`report.html`: every section of a run on one page that needs no network.
+
+The page's policy forbids every connection and every script but the two whose hashes it names;
+expressions of the charts are interpreted, never evaluated as code. Text of the run reaches the page
+through Jinja's escaping alone.
+"""
+
+import base64
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from fifa_ray.config import ReportConfig
+from fifa_ray.report import agreement, charts, funnel, gallery, overview, prompts, stages, terms
+from fifa_ray.report.section import Absent, Section
+from fifa_ray.report.tables import RunTables
+from fifa_ray.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "report.html"
+
+# (id, title, short title of the menu, builder), in reading order.
+SECTIONS: tuple[tuple[str, str, str, Callable[[RunTables], Section]], ...] = (
+    ("funnel", "From all pairs to the kept ones", "Funnel", funnel.build),
+    ("galleries", "The pairs themselves", "Pairs", gallery.galleries),
+    ("comparison", "Against other ways to choose", "Baselines", overview.comparison),
+    ("distributions", "The terms of the score", "Terms", terms.distributions),
+    ("scatter", "Reward margin against prompt quality", "Margin × quality",
+     terms.margin_against_quality),
+    ("map", "A map of the prompts", "Map", prompts.prompt_map),
+    ("extremes", "Prompts at both ends", "Prompts", prompts.extremes),
+    ("flagged", "Flagged as harmful", "Flagged", prompts.flagged),
+    ("agreement", "Reward models and people", "Agreement", agreement.agreement),
+    ("neighbors", "How exact the neighbours are", "Neighbours", stages.neighbors),
+    ("stages", "Time and cost", "Cost", stages.stages),
+    ("settings", "Settings and versions", "Settings", stages.settings),
+)
+
+
+def write_report(run: RunDir, settings: ReportConfig | None = None) -> str:
+    """Write `report.html` into the run directory and return its path.
+
+    Works on any run, complete or not: what is missing is said in its place. `settings` None: those
+    saved with the run, else the defaults. The same run gives the same bytes.
+    """
+    page = render_page(RunTables(run, settings))
+    run.write_text(page, REPORT_FILE)
+    logger.info("report: %s, %.1f MB", run.path(REPORT_FILE), len(page.encode()) / 1e6)
+    return run.path(REPORT_FILE)
+
+
+def render_page(tables: RunTables) -> str:
+    """The whole page as text."""
+    headline, *sections = [
+        _build(tables, *entry)
+        for entry in (("headline", "fifa-ray", "Overview", overview.headline), *SECTIONS)
+    ]
+    scripts = [charts.javascript(), _asset("page.js")]
+    styles = _asset("page.css")
+    return _environment().get_template("page.html.j2").render(
+        run_name=tables.run.root.rstrip("/").rsplit("/", 1)[-1],
+        headline=headline,
+        sections=sections,
+        scripts=[Markup(script) for script in scripts],
+        styles=Markup(styles),
+        policy=_policy(scripts, styles),
+    )
+
+
+def _build(
+    tables: RunTables, anchor: str, title: str, menu: str, build: Callable[[RunTables], Section]
+) -> dict[str, Any]:
+    entry: dict[str, Any] = {"id": anchor, "title": title, "menu": menu}
+    try:
+        section = build(tables)
+    except Absent as absent:
+        return entry | {"absent": str(absent)}
+    template = _environment().get_template(section.template)
+    body = Markup(template.render(section.values))
+    specs = {name: json_for_html(spec) for name, spec in sorted(section.charts.items())}
+    return entry | {"absent": None, "body": body, "charts": specs, "notes": section.notes}
+
+
+def json_for_html(value: Any) -> str:
+    """JSON that cannot end the script element around it, and that holds no NaN."""
+    return htmlsafe_json_dumps(
+        value,
+        dumps=json.dumps,
+        separators=(",", ":"),
+        sort_keys=True,
+        allow_nan=False,
+        ensure_ascii=False,
+    )
+
+
+def _policy(scripts: list[str], styles: str) -> str:
+    allowed = " ".join(_hash(script) for script in scripts)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src {_hash(styles)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _asset(name: str) -> str:
+    return (resources.files("fifa_ray.report") / "assets" / name).read_text()
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("fifa_ray.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "count": lambda value: f"{value:,}",
+        "number": format_number,
+        "percent": lambda value: "–" if value is None else f"{value:.1%}",
+        "seconds": format_seconds,
+        "signed": lambda value: "–" if value is None else f"{value:+.2f}".replace("-", "−"),
+        "proof_value": format_proof,
+        "combine": lambda first, second: {**first, **second},
+        "set_name": lambda name: SET_NAMES.get(name, name.replace("_", " ")),
+    }
+    return environment
+
+
+SET_NAMES = {"all": "all pairs", "fifa": "kept by fifa"}
+
+
+def format_number(value: Any, digits: int = 4) -> str:
+    """A number for reading: integers with separators, floats with `digits` significant ones."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", "−")
+    text = f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+    return text.replace("-", "−")
+
+
+def format_proof(value: Any, unit: str | None) -> str:
+    """A value of the proof: a percentage where its unit is "share", else a number with its unit."""
+    if unit == "share" and isinstance(value, int | float):
+        return f"{value:.1%}"
+    return format_number(value) + (f" {unit}" if unit else "")
+
+
+def format_seconds(value: float | None) -> str:
+    """A duration for reading, e.g. 1 h 02 min, 3 min 05 s, 12.3 s."""
+    if value is None:
+        return "–"
+    if value < 60:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

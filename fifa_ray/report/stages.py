@@ -1,0 +1,99 @@
+"""What every stage did and cost, how exact the neighbours are, and the settings of the run."""
+
+import re
+from typing import Any
+
+import yaml
+
+from fifa_ray.report.section import Absent, Section
+from fifa_ray.report.tables import RunTables
+from fifa_ray.run_dir import Manifest
+
+ORDER = ("pairs", "prompts", "rewards", "quality", "embeddings", "neighbors", "selected")
+# Details that have a column or a section of their own.
+SHOWN_ELSEWHERE = {"cpu_seconds", "gpu_seconds", "sets", "terms", "dropped", "reward_models"}
+USERINFO = re.compile(r"(?<=://)[^/\s@]+@")
+
+
+def stages(tables: RunTables) -> Section:
+    """Rows, seconds, rows per second and cost of every complete stage."""
+    if not tables.manifests:
+        raise Absent("manifests/ is not in this run: no stage is complete.")
+    rows = [_stage_row(m) for m in sorted(tables.manifests.values(), key=_place)]
+    done = {row["stage"].split("/")[0] for row in rows}
+    missing = [name for name in ORDER if name not in done]
+    notes = (f"Not complete: {', '.join(missing)}.",) if missing else ()
+    values = {
+        "rows": rows,
+        "seconds": sum(row["seconds"] for row in rows),
+        "longest": max(row["seconds"] for row in rows) or 1.0,
+    }
+    return Section(template="stages.html.j2", values=values, notes=notes)
+
+
+def neighbors(tables: RunTables) -> Section:
+    """Method, parameters, measured recall and entropy of the neighbour search."""
+    details = tables.details("neighbors")
+    if not details:
+        raise Absent("The manifest of neighbors is not in this run: that stage has not run.")
+    return Section(template="neighbors.html.j2", values={"details": details})
+
+
+def settings(tables: RunTables) -> Section:
+    """The full configuration and the versions; what could be a secret is masked."""
+    text = tables.config_text
+    source = "config.yaml of the run"
+    if text is None:
+        found = {name: m.config for name, m in sorted(tables.manifests.items()) if m.config}
+        if not found:
+            raise Absent("config.yaml is not in this run, and no manifest holds a configuration.")
+        text, source = yaml.safe_dump(found, sort_keys=False, allow_unicode=True), "the manifests"
+    versions: dict[str, set[str]] = {}
+    for manifest in tables.manifests.values():
+        for package, version in manifest.versions.items():
+            versions.setdefault(package, set()).add(version)
+    masked = yaml.safe_dump(
+        without_secrets(yaml.safe_load(text)), sort_keys=False, allow_unicode=True
+    )
+    values = {
+        "text": masked,
+        "source": source,
+        "versions": {package: ", ".join(sorted(v)) for package, v in sorted(versions.items())},
+    }
+    return Section(template="settings.html.j2", values=values)
+
+
+def without_secrets(value: Any) -> Any:
+    """A configuration with the values of env_vars and the userinfo of URLs masked."""
+    if isinstance(value, dict):
+        return {
+            key: dict.fromkeys(inner, "***")
+            if key == "env_vars" and isinstance(inner, dict)
+            else without_secrets(inner)
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [without_secrets(inner) for inner in value]
+    return USERINFO.sub("***@", value) if isinstance(value, str) else value
+
+
+def _stage_row(manifest: Manifest) -> dict[str, Any]:
+    details = {k: v for k, v in manifest.details.items() if k not in SHOWN_ELSEWHERE}
+    return {
+        "stage": manifest.stage,
+        "rows_in": manifest.rows_in,
+        "rows_out": manifest.rows_out,
+        "rows_quarantined": manifest.rows_quarantined,
+        "seconds": manifest.seconds,
+        "rate": manifest.rows_in / manifest.seconds if manifest.seconds > 0 else None,
+        "cpu_seconds": manifest.details.get("cpu_seconds"),
+        "gpu_seconds": manifest.details.get("gpu_seconds"),
+        "finished_at": manifest.finished_at,
+        "fingerprint": manifest.fingerprint,
+        "details": without_secrets(details),
+    }
+
+
+def _place(manifest: Manifest) -> tuple[int, str]:
+    first = manifest.stage.split("/")[0]
+    return ORDER.index(first) if first in ORDER else len(ORDER), manifest.stage
