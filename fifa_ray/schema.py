@@ -29,7 +29,8 @@ PAIRS = pa.schema(
         pa.field(PROMPT_ID, pa.int64(), nullable=False),
         pa.field("source_file", pa.dictionary(pa.int32(), pa.string()), nullable=False),
         pa.field("source_row", pa.int64(), nullable=False),
-        # Row group of a parquet source (0 elsewhere): what a pass over the images reads at once.
+        # What a pass over the images reads at once: the row group of a parquet source with image
+    # bytes, else a few hundred rows.
         pa.field("source_group", pa.int32(), nullable=False),
         # Where the source finds the image: a column name, an archive member, a path or a URL.
         pa.field("chosen_ref", pa.string(), nullable=False),
@@ -122,7 +123,7 @@ def embeddings_schema(dimension: int) -> pa.Schema:
 
 
 def embedding_matrix(table: pa.Table) -> np.ndarray:
-    """The `embedding` column as a float32 array of shape (rows, dimension), no copy if one chunk."""
+    """The `embedding` column as a float32 array of shape (rows, dimension)."""
     column = table.column("embedding").combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks else pa.array([], column.type)

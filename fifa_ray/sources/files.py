@@ -61,11 +61,11 @@ class Folder:
 
     def is_folder(self, name: str = "") -> bool:
         """Whether a folder of this name is there."""
-        return self._type(name) == pafs.FileType.Directory
+        return bool(self._type(name) == pafs.FileType.Directory)
 
     def is_file(self, name: str = "") -> bool:
         """Whether a file of this name is there."""
-        return self._type(name) == pafs.FileType.File
+        return bool(self._type(name) == pafs.FileType.File)
 
     def list(self, name: str = "", recursive: bool = False) -> list[pafs.FileInfo]:
         """What is in a folder, sorted by path, hidden entries left out; empty if it is absent."""
@@ -184,7 +184,7 @@ class ImageFiles:
             raise _Refused("path_outside_root")
         with self.root.filesystem.open_input_file(self.root.join(ref)) as stream:
             self._check_size(stream.size())
-            return stream.read()
+            return bytes(stream.read())
 
     def _check_size(self, size: int) -> None:
         if size > self.images.max_bytes:

@@ -9,7 +9,7 @@ scaled to 8 bits, where a plain conversion would clip nearly every pixel to whit
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Nothing else is tried: each decoder less is attack surface less.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -67,6 +67,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _describe(error: Exception) -> str:
     # Pillow's message on unknown bytes names a memory address, which would differ in every run.
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return f"none of {', '.join(FORMATS)}"
     return f"{type(error).__name__}: {error}"[:200]

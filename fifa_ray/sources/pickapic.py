@@ -117,12 +117,13 @@ def _best_is_other(table: pa.Table, first: np.ndarray, second: np.ndarray) -> np
         return np.zeros(len(table), bool)
     best = table.column("best_image_uid").cast(pa.string())
     is_first, is_second = (pc.equal(best, uid).fill_null(False).to_numpy() for uid in uids)
-    return (first & is_second & ~is_first) | (second & is_first & ~is_second)
+    other = (first & is_second & ~is_first) | (second & is_first & ~is_second)
+    return np.asarray(other)
 
 
 def _floats(table: pa.Table, name: str) -> np.ndarray:
     column = table.column(name).cast(pa.float64())
-    return pc.fill_null(column, np.nan).to_numpy()
+    return np.asarray(pc.fill_null(column, np.nan))
 
 
 def _optional(table: pa.Table, name: str) -> pa.ChunkedArray | None:

@@ -106,7 +106,8 @@ class RecordSource:
 
     def read_metadata(self, chunk: SourceChunk) -> pa.Table:
         """METADATA of the chunk's records; one that is not JSON becomes an unreadable_row."""
-        assert chunk.row_stop is not None and chunk.stop is not None
+        assert chunk.row_stop is not None
+        assert chunk.stop is not None
         with self.folder.filesystem.open_input_file(self.folder.join(chunk.file)) as file:
             data = file.read_at(chunk.stop - chunk.start, chunk.start)
         prefix = self.prefixes.get(chunk.file, "")

@@ -151,7 +151,7 @@ class _GuardedConnection(http.client.HTTPConnection):
             self.sock = plain
         self.check_deadline()
 
-    def _connect_first(self, found: list[tuple]) -> socket.socket:  # type: ignore[type-arg]
+    def _connect_first(self, found: list[tuple]) -> socket.socket:
         failure: OSError = OSError("the host has no address")
         for family, kind, protocol, _, place in found:
             plain = socket.socket(family, kind, protocol)

@@ -160,7 +160,7 @@ class WebDatasetSource:
     def _open(self, file: str) -> io.BufferedReader:
         raw = self.folder.filesystem.open_input_file(self.folder.join(file))
         size = io.DEFAULT_BUFFER_SIZE if self.folder.is_local else REMOTE_BUFFER_BYTES
-        return io.BufferedReader(raw, size)  # type: ignore[type-var]
+        return io.BufferedReader(raw, size)
 
 
 def _add_member(
@@ -207,7 +207,8 @@ def _pair(sample: dict[str, Any]) -> dict[str, Any]:
         )
     except (pa.ArrowInvalid, pa.ArrowTypeError, ValueError, TypeError) as error:
         return bad_row("bad_label", f"{sample['key']}.json: {error}"[:200], prompt=prompt)
-    return labelled_pairs(table, refs, 0).to_pylist()[0]
+    pair: dict[str, Any] = labelled_pairs(table, refs, 0).to_pylist()[0]
+    return pair
 
 
 def _as(value: Any, kind: pa.DataType) -> Any:
