@@ -113,6 +113,35 @@ def checked_index(index: np.ndarray, count: int, what: str) -> np.ndarray:
     return index.astype(np.int64)
 
 
+def checked_indices(
+    image_index: np.ndarray, num_images: int, prompt_index: np.ndarray, num_prompts: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both indices of `RewardModel.score` as int64 (S,), checked one by one and for length."""
+    image_index = checked_index(image_index, num_images, "image")
+    prompt_index = checked_index(prompt_index, num_prompts, "prompt")
+    if image_index.shape != prompt_index.shape:
+        raise ValueError(
+            "expected an image_index and a prompt_index of equal length, got "
+            f"{len(image_index)} and {len(prompt_index)}"
+        )
+    return image_index, prompt_index
+
+
+def prompts_by_image(
+    image_index: np.ndarray, prompt_index: np.ndarray
+) -> tuple[list[tuple[int, np.ndarray]], np.ndarray]:
+    """Distinct requests grouped by image: ((image, its prompts), ...), and where each one went.
+
+    The second value, int64 (S,), is each request's place in the groups laid end to end.
+    """
+    distinct, place = np.unique(
+        np.stack([image_index, prompt_index], axis=1), axis=0, return_inverse=True
+    )
+    images, starts = np.unique(distinct[:, 0], return_index=True)
+    prompts = np.split(distinct[:, 1], starts[1:])
+    return list(zip(images.tolist(), prompts, strict=True)), place.reshape(-1)
+
+
 def finite_or_nan(rewards: torch.Tensor) -> np.ndarray:
     """float32 (S,) on the host, with NaN for every reward that is not finite."""
     values = rewards.detach().float().cpu().numpy()

@@ -35,9 +35,12 @@ DEFAULT_WEIGHTS: dict[str, str] = {
 }
 
 # Tokenizer and image processor that the authors use where the weights' repository has none.
-AUTHORS_PROCESSOR: dict[str, str] = dict.fromkeys(
-    ("pickscore", "hpsv2", "hpsv2.1"), "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-)
+AUTHORS_PROCESSOR: dict[str, str] = {
+    "pickscore": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "hpsv2": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "hpsv2.1": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "imagereward": "google-bert/bert-base-uncased",
+}
 
 # Settings of one kind in `options`; the adapters' docstrings say what they do.
 _OPTIONS: dict[str, frozenset[str]] = {

@@ -24,7 +24,7 @@ import torch
 
 from fifa_ray.models.batching import (
     LargestBatch,
-    checked_index,
+    checked_indices,
     compute_dtype,
     finite_or_nan,
     normalized_pixels,
@@ -115,13 +115,9 @@ class ClipReward:
         prompt_index: np.ndarray,
     ) -> np.ndarray:
         """See `RewardModel.score`."""
-        image_index = checked_index(image_index, len(images), "image")
-        prompt_index = checked_index(prompt_index, len(prompts), "prompt")
-        if image_index.shape != prompt_index.shape:
-            raise ValueError(
-                "expected an image_index and a prompt_index of equal length, got "
-                f"{len(image_index)} and {len(prompt_index)}"
-            )
+        image_index, prompt_index = checked_indices(
+            image_index, len(images), prompt_index, len(prompts)
+        )
         if not len(image_index):
             return np.empty(0, np.float32)
         with torch.inference_mode():

@@ -121,9 +121,15 @@ def load_state_dict(path: Path) -> "dict[str, torch.Tensor]":
 
 
 def filled_model(
-    model_class: "type[ModelT]", config: Any, state_dict: "dict[str, torch.Tensor]", source: str
+    model_class: "type[ModelT]",
+    config: Any,
+    state_dict: "dict[str, torch.Tensor]",
+    source: str,
+    *,
+    dtype: "torch.dtype | None" = None,
+    **arguments: Any,
 ) -> "ModelT":
-    """A transformers model of `config` with exactly these weights, in float32 on the CPU.
+    """A transformers model of `config` with exactly these weights, on the CPU (float32 by default).
 
     Raises ValueError when a weight is missing, left over or of another shape, so that no part of
     a reward model is ever random.
@@ -131,7 +137,12 @@ def filled_model(
     import torch
 
     loaded: Any = model_class.from_pretrained(
-        None, config=config, state_dict=state_dict, dtype=torch.float32, output_loading_info=True
+        None,
+        config=config,
+        state_dict=state_dict,
+        dtype=dtype or torch.float32,
+        output_loading_info=True,
+        **arguments,
     )
     model, report = loaded
     problems = {name: sorted(map(str, found))[:5] for name, found in report.items() if found}
