@@ -117,11 +117,8 @@ def _cluster(config: RayConfig) -> Iterator[Finding]:
         )
         return
     resources = ray.cluster_resources()
-    yield Finding(
-        "ok",
-        "cluster",
-        f"{len(ray.nodes())} nodes, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs",
-    )
+    size = f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"
+    yield Finding("ok", "cluster", f"{len(ray.nodes())} nodes, {size}")
 
 
 def _source(config: FifaConfig) -> Iterator[Finding]:

@@ -30,3 +30,13 @@ def ray_session() -> Iterator[Any]:
     )
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _workers_can_load(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Functions and classes of a test module travel to Ray's workers, which cannot import it."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(request.module)
+    yield
+    cloudpickle.unregister_pickle_by_value(request.module)

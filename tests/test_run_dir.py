@@ -33,9 +33,14 @@ def test_an_absent_table_says_so_unless_its_schema_is_given(run):
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
     run = RunDir(str(tmp_path / "run"))
-    with pytest.raises(KeyError), run.open_atomic("pairs", part_name(0)) as stream:
-        stream.write(b"half")
-        raise KeyError("worker died")
+
+    def die_half_way() -> None:
+        with run.open_atomic("pairs", part_name(0)) as stream:
+            stream.write(b"half")
+            raise KeyError("worker died")
+
+    with pytest.raises(KeyError):
+        die_half_way()
     assert run.list("pairs") == []
     assert os.listdir(run.path("pairs")) == []
 

@@ -117,8 +117,8 @@ def check_quarantine(manifest: Manifest, max_fraction: float, run: RunDir) -> No
         raise RuntimeError(
             f"stage {manifest.stage} quarantined {manifest.rows_quarantined:,} of "
             f"{manifest.rows_in:,} rows ({share:.1%}, allowed {max_fraction:.1%}): "
-            f"{manifest.quarantined}; look at {run.path('quarantine', manifest.stage)} and mend the "
-            "data, or raise max_quarantine_fraction"
+            f"{manifest.quarantined}; look at {run.path('quarantine', manifest.stage)} and mend "
+            "the data, or raise max_quarantine_fraction"
         )
 
 
@@ -138,8 +138,8 @@ def _execute(
         _WritePartial(partial, stage), batch_size=None, batch_format="pyarrow", num_cpus=0
     )
     progress = Progress(stage.name, total, done=len(done))
-    for batch in receipts.iter_batches(batch_size=None, batch_format="pyarrow"):
-        progress.advance(sum(batch.column("rows").to_pylist()) // stage.rows_per_key)
+    for batch in receipts.iter_batches(batch_size=None, batch_format="numpy"):
+        progress.advance(int(batch["rows"].sum()) // stage.rows_per_key)
     progress.close()
 
 

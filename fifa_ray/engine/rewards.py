@@ -24,7 +24,6 @@ from fifa_ray.config import FifaConfig, ImagesConfig, RewardConfig
 from fifa_ray.engine.cluster import actor_pool, gpus_per_actor
 from fifa_ray.engine.map_stage import (
     MapStage,
-    Transform,
     first_by_key,
     partial_folder,
     quarantine_rows,
@@ -127,7 +126,7 @@ def score_dataset(
     info: RunDir,
     pool: dict[str, Any],
 ) -> "ray.data.Dataset":
-    """Pairs in, `PARTIAL` rows out; decoding is fused with scoring unless there is a GPU to feed."""
+    """Pairs in, `PARTIAL` rows out; decoding is fused with scoring where there is no GPU to feed."""
     arguments = {"reward": reward, "device": device, "info": info}
     if device == "cpu":
         return items.map_batches(
@@ -350,10 +349,12 @@ class LoadAndScore:
 
     def __call__(self, pairs: pa.Table) -> Iterator[pa.Table]:
         for batch in self.loader(pairs):
-            rewards = self.scorer.score(batch.images, batch.prompts) if batch.images else []
+            rewards = np.empty(0, np.float32)
+            if batch.images:
+                rewards = self.scorer.score(batch.images, batch.prompts)
             errors = [""] * len(batch.images) + [reason for reason, _ in batch.errors]
             sides = batch.sides + [sides for _, sides in batch.errors]
-            yield partial_rows(np.asarray(rewards, np.float32), errors, sides)
+            yield partial_rows(rewards, errors, sides)
 
 
 class ScoreColumns(Scorer):

@@ -14,7 +14,7 @@ import pyarrow.dataset as pads
 import ray
 
 from fifa_ray import schema
-from fifa_ray.config import FifaConfig
+from fifa_ray.config import FifaConfig, Strategy
 from fifa_ray.engine.terms import DROP_REASONS
 from fifa_ray.run_dir import RunDir, part_name
 from fifa_ray.scoring.diversity import knn_entropy
@@ -33,7 +33,7 @@ TERM_COLUMNS = ("margin_term", "quality_term", "diversity_term")
 def write_selection(
     run: RunDir,
     config: FifaConfig,
-    sets: Mapping[str, Columns],
+    sets: Mapping[Strategy, Columns],
     extras: Mapping[str, Columns],
 ) -> dict[str, Any]:
     """Write selected/, selected_ids/, baselines/, gallery/ and scored_sample/.

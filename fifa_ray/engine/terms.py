@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from fifa_ray import schema
 from fifa_ray.config import FifaConfig
@@ -70,7 +69,7 @@ def read_prompt_terms(run: RunDir, config: FifaConfig) -> PromptTerms:
             )
         quality = judged.column("prompt_quality").to_numpy().astype(np.float32)
         harmful = judged.column("harmful").fill_null(False).to_numpy()
-    shift = 64 - max(1, min(24, int(len(ids)).bit_length()))
+    shift = 64 - max(1, min(24, len(ids).bit_length()))
     buckets = _leading_bits(ids, shift)
     first = np.searchsorted(buckets, np.arange(1 << (64 - shift))).astype(np.int32)
     distance = neighbors.column("log_kth_neighbor_distance").to_numpy()
@@ -108,7 +107,7 @@ class Terms:
 
 
 def read_terms(
-    run: RunDir, part: str, config: FifaConfig, prompt_terms: "ray.ObjectRef[PromptTerms]"
+    run: RunDir, part: str, config: FifaConfig, of_prompt: PromptTerms
 ) -> Terms:
     """Join pairs/, every rewards/<name>/ and the prompt-level terms of one part."""
     pairs = run.read_table("pairs", part, columns=[schema.PAIR_ID, schema.PROMPT_ID])
@@ -117,7 +116,6 @@ def read_terms(
     margins = {
         reward.name: _aligned_margins(run, reward.name, part, pair_id) for reward in config.rewards
     }
-    of_prompt = ray.get(prompt_terms)
     at = of_prompt.find(prompt_id)
     quality = of_prompt.prompt_quality[at]
     return Terms(

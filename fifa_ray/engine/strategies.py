@@ -1,0 +1,145 @@
+"""How each strategy scores a pair: the method, and the baselines by the same code path."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fifa_ray.config import FifaConfig, SelectConfig, Strategy
+from fifa_ray.engine.terms import DROP_REASONS, Terms
+from fifa_ray.scoring.importance import importance_score, standardize
+from fifa_ray.scoring.margin import apply_margin_rule, average_margins
+from fifa_ray.scoring.moments import Moments, Ranks
+
+Statistics = Moments | Ranks
+
+
+@dataclass
+class Population:
+    """Statistics of the pairs that one kind of strategy may choose from."""
+
+    margins: dict[str, Moments] = field(default_factory=dict)
+    margin: Statistics | None = None  # of the vote under the margin rule
+    prompt_quality: Statistics | None = None
+    log_kth_neighbor_distance: Statistics | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the three terms under one strategy."""
+
+    margin: float
+    quality: float
+    diversity: float
+
+
+def weights_of(strategy: Strategy, config: SelectConfig) -> Weights:
+    """A baseline keeps one term; `random` keeps none."""
+    return {
+        "fifa": Weights(config.margin_weight, config.quality_weight, config.diversity_weight),
+        "margin_only": Weights(1.0, 0.0, 0.0),
+        "quality_only": Weights(0.0, 1.0, 0.0),
+        "diversity_only": Weights(0.0, 0.0, 1.0),
+        "random": Weights(0.0, 0.0, 0.0),
+    }[strategy]
+
+
+def population_of(strategy: Strategy) -> str:
+    """Baselines see every scored pair; the method's hard filters are its own."""
+    return "eligible" if strategy == "fifa" else "scored"
+
+
+def candidates(terms: Terms, population: str) -> np.ndarray:
+    """Bool mask of the pairs that a population holds."""
+    if population == "eligible":
+        return terms.dropped == 0
+    return terms.dropped != DROP_REASONS.index("unscored")
+
+
+def margin_needs_a_pass(config: FifaConfig) -> bool:
+    """Whether what is standardised is not simply one model's margin."""
+    select = config.select
+    return (
+        len(config.rewards) > 1
+        or select.margin_rule == "absolute"
+        or select.standardization == "rank"
+    )
+
+
+def vote(
+    terms: Terms, population: Population, config: FifaConfig
+) -> tuple[np.ndarray, float, float]:
+    """One signed margin a pair (float64), the only model's or the average, its mean and spread."""
+    models = list(population.margins)
+    if len(models) == 1:
+        moments = population.margins[models[0]]
+        return np.asarray(terms.margins[models[0]], np.float64), moments.mean, moments.std
+    weights = {reward.name: reward.vote_weight for reward in config.rewards}
+    margin = average_margins(
+        [terms.margins[model] for model in models],
+        [population.margins[model] for model in models],
+        [weights[model] for model in models],
+    )
+    return margin, 0.0, 1.0
+
+
+def margin_values(terms: Terms, population: Population, config: FifaConfig) -> np.ndarray:
+    """The vote under the margin rule; the band of `clipped` is in standard deviations."""
+    margin, mean, std = vote(terms, population, config)
+    low, high = config.select.margin_clip
+    if config.select.margin_rule == "clipped" and not std > 0:
+        return margin
+    return apply_margin_rule(
+        margin, config.select.margin_rule, (mean + low * std, mean + high * std)
+    )
+
+
+def score_terms(
+    terms: Terms, population: Population, config: FifaConfig, strategy: Strategy
+) -> dict[str, np.ndarray]:
+    """Importance score and its weighted terms (float64) of pairs, under one strategy."""
+    rule = config.select.standardization
+    weights = weights_of(strategy, config.select)
+    assert population.margin is not None
+    margin = standardize(margin_values(terms, population, config), rule, population.margin)
+    quality = standardize(terms.prompt_quality, rule, population.prompt_quality)
+    if config.select.quality_error_policy == "neutral":
+        quality = np.where(np.isnan(quality), _neutral(population.prompt_quality, rule), quality)
+    diversity = standardize(
+        terms.log_kth_neighbor_distance, rule, population.log_kth_neighbor_distance
+    )
+    if strategy == "random":
+        score = uniform_hash(terms.pair_id, config.seed)
+    else:
+        score = importance_score(
+            margin,
+            quality,
+            diversity,
+            margin_weight=weights.margin,
+            quality_weight=weights.quality,
+            diversity_weight=weights.diversity,
+        )
+    return {
+        "importance_score": score,
+        "reward_margin": vote(terms, population, config)[0],
+        "margin_term": _weighted(weights.margin, margin),
+        "quality_term": _weighted(weights.quality, quality),
+        "diversity_term": _weighted(weights.diversity, diversity),
+    }
+
+
+def _weighted(weight: float, term: np.ndarray) -> np.ndarray:
+    return weight * term if weight else np.zeros(len(term))
+
+
+def _neutral(statistics: Statistics | None, rule: str) -> float:
+    """What an unrated prompt's quality counts as: the mean of the rated ones."""
+    return statistics.mean if rule == "none" and isinstance(statistics, Moments) else 0.0
+
+
+def uniform_hash(pair_id: np.ndarray, seed: int) -> np.ndarray:
+    """Pseudo-random float64 in [0, 1) of each id: SplitMix64's finaliser, so no order matters."""
+    x = pair_id.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 1) % (1 << 64))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
