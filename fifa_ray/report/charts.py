@@ -87,18 +87,18 @@ def histograms(
          f"{edges[i + 1]:.3g}"} | {name: _round(share[i]) for name, share in shares.items()}
         for i in range(num_bins)
     ]
-    top = _round(max(float(share.max()) for share in shares.values()))
     # A step line needs a point at the right edge of the last bin.
     closing = {"low": _round(edges[-1])} | {name: rows[-1][name] for name in names}
 
     data = alt.Data(values=rows)
     x = alt.X("low:Q", title=title, scale=alt.Scale(domain=[edges[0], edges[-1]], nice=False))
-    y_scale = alt.Scale(domain=[0, top], nice=True)
     y_axis = alt.Axis(format="%", tickCount=4)
     bars = (
         alt.Chart(data)
-        .mark_bar(color=SET_COLORS.get(names[0], "var(--all)"), binSpacing=0)
-        .encode(x=x, x2="high:Q", y=alt.Y(f"{names[0]}:Q", title=None, scale=y_scale, axis=y_axis))
+        .mark_rect(color=SET_COLORS["all"], aria=False)
+        .encode(
+            x=x, x2="high:Q", y=alt.Y(f"{names[0]}:Q", title=None, axis=y_axis), y2=alt.datum(0)
+        )
     )
     shown = alt.param(name="shown", value=names[1:2])
     colors = alt.Scale(
@@ -111,7 +111,7 @@ def histograms(
         .mark_line(interpolate="step-after", strokeWidth=2)
         .encode(
             x="low:Q",
-            y=alt.Y("share:Q", scale=y_scale),
+            y="share:Q",
             color=alt.Color("set:N", scale=colors, legend=None),
         )
         .add_params(shown)
@@ -119,7 +119,7 @@ def histograms(
     pointed = alt.selection_point(name="pointed", on="pointerover", clear="pointerout", empty=False)
     hover = (
         alt.Chart(data)
-        .mark_rect(color="var(--ink)")
+        .mark_rect(color="var(--ink)", aria=False)
         .encode(
             x="low:Q",
             x2="high:Q",

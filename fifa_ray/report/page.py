@@ -130,6 +130,10 @@ def _environment() -> Environment:
         "number": format_number,
         "percent": lambda value: "–" if value is None else f"{value:.1%}",
         "seconds": format_seconds,
+        "fixed": lambda value, digits: (
+            "–" if value is None else f"{value:,.{digits}f}".replace("-", "−")
+        ),
+        "words": lambda name: name.replace("_", " "),
         "signed": lambda value: "–" if value is None else f"{value:+.2f}".replace("-", "−"),
         "proof_value": format_proof,
         "combine": lambda first, second: {**first, **second},
