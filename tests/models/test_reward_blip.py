@@ -249,3 +249,14 @@ def test_incomplete_or_foreign_checkpoints_are_refused(
     save_file({"unet.weight": torch.ones(2)}, path)
     with pytest.raises(ValueError, match=r"expected weights named blip\.visual_encoder"):
         build_reward_model("imagereward", str(tmp_path), options=options)
+
+
+def test_bfloat16_stays_close(
+    folder: Path, model: RewardModel, make_image: Callable[..., Image.Image]
+) -> None:
+    images = [build_image_transform("imagereward", None)(make_image(seed)) for seed in range(2)]
+    at = np.array([0, 1]), np.array([0, 3])
+    rough = build_reward_model("imagereward", str(folder), dtype="bfloat16")
+    np.testing.assert_allclose(
+        rough.score(images, PROMPTS, *at), model.score(images, PROMPTS, *at), atol=0.1
+    )
