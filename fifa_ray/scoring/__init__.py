@@ -6,6 +6,7 @@ from fifa_ray.scoring.diversity import (
     kth_neighbor_distance,
     log_kth_neighbor_distance,
 )
+from fifa_ray.scoring.greedy import select_greedy, set_objective
 from fifa_ray.scoring.importance import (
     TopK,
     empty_statistics,
@@ -35,6 +36,8 @@ __all__ = [
     "kth_neighbor_distance",
     "log_kth_neighbor_distance",
     "reward_margin",
+    "select_greedy",
     "select_top_k",
+    "set_objective",
     "standardize",
 ]

@@ -29,7 +29,7 @@ def kth_neighbor_distance(
     `query_chunk_rows`; each chunk takes about query_chunk_rows * (12 N + 8 D (num_neighbors + 16))
     bytes.
     """
-    embeddings_ND = _checked_embeddings(embeddings)
+    embeddings_ND = checked_embeddings(embeddings)
     num_rows = len(embeddings_ND)
     _check_num_neighbors(num_neighbors, num_rows)
     if query_chunk_rows < 1:
@@ -87,7 +87,7 @@ def knn_entropy(
     The Kozachenko-Leonenko estimate of `knn_entropy_from_distances`, which says what `dimension`
     (by default D) and the floor mean.
     """
-    embeddings_ND = _checked_embeddings(embeddings)
+    embeddings_ND = checked_embeddings(embeddings)
     return knn_entropy_from_distances(
         kth_neighbor_distance(embeddings_ND, num_neighbors),
         num_neighbors,
@@ -158,7 +158,8 @@ def _product_error(embeddings_ND: NDArray[np.floating]) -> float:
     return float((embeddings_ND.shape[1] + 8) * np.finfo(embeddings_ND.dtype).eps)
 
 
-def _checked_embeddings(embeddings: ArrayLike) -> NDArray[np.floating]:
+def checked_embeddings(embeddings: ArrayLike) -> NDArray[np.floating]:
+    """Embeddings (N, D) as float32 if they are, else float64; refused unless all are finite."""
     embeddings_ND = np.asarray(embeddings)
     if embeddings_ND.ndim != 2 or not embeddings_ND.shape[1]:
         raise ValueError(f"expected embeddings of shape (N, D), got {embeddings_ND.shape}")
