@@ -6,21 +6,22 @@ chosen or not. Here the diversity term is that of the chosen set S itself, and t
     sum over S of base_score  +  diversity_weight * sum over S of log max(r, distance_floor).
 
 r is the Euclidean distance from the pair's prompt to the num_neighbors-th nearest other prompt of
-S. Only the best pair of a prompt has it; every further pair of the same prompt is a duplicate, r =
-0. So with one pair per prompt the second sum is K times the mean log distance of the
-Kozachenko-Leonenko entropy (see diversity.py). Were r a mean over distinct prompts alone, the best
-way to a high entropy would be many pairs of few prompts. While S has too few prompts, a missing
-neighbour counts as being at distance 2, the diameter of the unit sphere.
+S. Only the best pair of a prompt has it; any further pair of that prompt is a duplicate with r = 0.
+With one pair per prompt, the second sum is thus K times the mean log distance in the
+Kozachenko-Leonenko entropy (diversity.py). A mean over the distinct prompts alone would not do: a
+second pair would be free, a new prompt not, and the more diversity counts the fewer prompts would
+be chosen. While S has too few prompts, a missing neighbour is at distance 2, the diameter of the
+unit sphere.
 
-Greedy: add the pair of largest gain, K times. The objective is neither monotone nor submodular (a
-new prompt shortens the distances of the others, and how much that costs may shrink as well as grow
-with S), so the (1 - 1/e) guarantees of greedy, lazy or stochastic greedy (Mirzasoleiman et al.
-2015) do not hold, and the cached gains of lazy greedy bound nothing. But one part of a gain can
-only fall: base_score + diversity_weight * log r(candidate, S), and the rest of it, the cost to the
-others, is never positive. This bound makes the plain greedy choice exact without evaluating every
-candidate at every turn.
+Greedy adds the pair of largest gain, K times. The objective is neither monotone nor submodular (a
+new prompt shortens the distances of others, and that loss may shrink as well as grow with S). So the
+1 - 1/e guarantees of greedy and stochastic greedy (Mirzasoleiman et al. 2015) do not hold, and the
+cached gains of lazy greedy bound nothing. But one part of a gain can only fall as S grows,
+base_score + diversity_weight * log r, and the other, what the chosen lose, is never a gain. By
+this bound the choice of plain greedy is found without evaluating every candidate at every turn.
+Swapping chosen pairs for others afterwards, tried on small pools, added 0 to 2%: not worth it.
 
-Suffixes: P pairs of the pool, N distinct prompts of the pool, A active prompts, D embedding width,
+Suffixes: P pairs of the pool, N distinct prompts of the pool, W watched prompts, D embedding width,
 k = num_neighbors. Distances are kept squared, as float32 unless the embeddings are float64.
 """
 
@@ -38,7 +39,7 @@ from fifa_ray.scoring.diversity import (
 )
 
 _Ball = tuple[NDArray[np.intp], NDArray[np.floating], NDArray[np.float64]]
-"""Rows nearer than the k-th neighbour, their squared distances, the cost of adding each."""
+"""Rows nearer than the k-th neighbour, their squared distances, the change by adding each."""
 
 _FARTHEST = 2.0  # diameter of the unit sphere
 _CHUNK_ROWS = 8192
@@ -88,8 +89,8 @@ def select_greedy(
     nothing is random. To weigh the log distance as `importance_score` does, divide its
     diversity_weight by the standard deviation of the log distances in the dataset.
 
-    The time goes into O(N K D) of matrix products and, for each choice, one pass over the active
-    prompts (some thousands, more where distances matter much more than scores).
+    The time goes into O(N K D) of matrix products and, for each choice, one pass over the watched
+    prompts (some thousands; more, the more distances matter beside scores).
     """
     base_P, unit_ND, prompt_P = _checked_pool(base_score, embeddings, prompt_index)
     ids_P = np.asarray(pair_id)
@@ -156,7 +157,7 @@ class _SpreadOut:
 
     Adding a candidate that is nearer to an added prompt than its k-th neighbour shortens that
     distance. The ball of an added prompt lists the rows for which this is so, and what each would
-    cost; balls shrink as prompts are added, and hold about k * N rows in all.
+    change; balls shrink as prompts are added, and hold about k * N rows in all.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ class _SpreadOut:
         self.is_added_N = np.zeros(len(base_N), dtype=bool)
         # Squared distances to the k nearest added prompts, ascending.
         self.nearest_Nk = np.full((len(base_N), num_neighbors), _FARTHEST**2, unit_ND.dtype)
-        self.cost_N = np.zeros(len(base_N))  # what adding a row would cost the balls it is in
+        self.change_N = np.zeros(len(base_N))  # of others' log distances, by adding a row
         self.balls: dict[int, _Ball] = {}
         self.watched_W = np.empty(0, dtype=np.intp)
         self.watched_WD = unit_ND[:0]
@@ -187,7 +188,7 @@ class _SpreadOut:
         if len(self.added) == len(self.base_N):
             return None
         while True:
-            gain_W = self._bound(self.watched_W) + self.weight * self.cost_N[self.watched_W]
+            gain_W = self._bound(self.watched_W) + self.weight * self.change_N[self.watched_W]
             gain_W[self.is_added_N[self.watched_W]] = -math.inf
             if gain_W.max(initial=-math.inf) > self.ceiling:
                 best = int(gain_W.argmax())
@@ -262,10 +263,10 @@ class _SpreadOut:
         self.nearest_Nk[rows] = np.sort(merged, axis=1)[:, :num_neighbors]
 
     def _set_ball(self, prompt: int, rows: NDArray[np.intp], squared: NDArray[np.floating]) -> None:
-        """Keep of these rows those within the k-th neighbour distance, and what each would cost."""
+        """Keep of these rows those within the k-th distance, and what each would change."""
         if prompt in self.balls:
-            old_rows, _, old_cost = self.balls[prompt]
-            self.cost_N[old_rows] -= old_cost
+            old_rows, _, old_change = self.balls[prompt]
+            self.change_N[old_rows] -= old_change
         kth = self.nearest_Nk[prompt, -1]
         inside = squared < kth
         rows, squared = rows[inside], squared[inside]
@@ -273,9 +274,9 @@ class _SpreadOut:
         new_kth = squared
         if self.nearest_Nk.shape[1] > 1:
             new_kth = np.maximum(squared, self.nearest_Nk[prompt, -2])
-        cost = self._log_distance(new_kth) - self._log_distance(kth)
-        self.cost_N[rows] += cost
-        self.balls[prompt] = (rows, squared, cost)
+        change = self._log_distance(new_kth) - self._log_distance(kth)
+        self.change_N[rows] += change
+        self.balls[prompt] = (rows, squared, change)
 
     def _log_distance(self, squared: NDArray[np.floating]) -> NDArray[np.float64]:
         half_log: NDArray[np.float64] = 0.5 * np.log(
