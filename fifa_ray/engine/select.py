@@ -16,6 +16,7 @@ import ray
 
 from fifa_ray.config import ConfigError, FifaConfig, Strategy
 from fifa_ray.engine import selection_tables
+from fifa_ray.engine.greedy import choose_greedily
 from fifa_ray.engine.strategies import (
     Population,
     Statistics,
@@ -48,6 +49,7 @@ def run_select(run: RunDir, config: FifaConfig) -> Manifest:
         "selected",
         upstream,
         config.select.model_dump(mode="json"),
+        [reward.vote_weight for reward in config.rewards],
         config.seed,
         config.report.gallery_size,
     )
@@ -63,10 +65,10 @@ def run_select(run: RunDir, config: FifaConfig) -> Manifest:
     shared = ray.put(read_prompt_terms(run, config))
     strategies = _strategies(config)
     populations, counts = collect_statistics(run, config, parts, shared, strategies)
-    num_scored = sum(counts.values())
+    total = sum(counts.values())
     _check_any_left(config, counts)
     tops = rank_pairs(run, config, parts, shared, strategies, populations)
-    sets = {name: _chosen(run, config, name, tops[name].best()) for name in strategies}
+    sets = {name: _chosen(run, config, name, tops[name].best(), populations) for name in strategies}
     kept = sets[config.select.strategy]
     if len(kept["pair_id"]) < config.select.selection_size:
         logger.warning(
@@ -79,16 +81,16 @@ def run_select(run: RunDir, config: FifaConfig) -> Manifest:
     manifest = Manifest(
         stage="selected",
         fingerprint=stage_fingerprint,
-        rows_in=num_scored,
+        rows_in=total,
         rows_out=len(kept["pair_id"]),
         quarantined=dropped | {"not_selected": counts[""] - len(kept["pair_id"])}
         if config.select.strategy == "fifa"
-        else {"not_selected": num_scored - len(kept["pair_id"])},
+        else {"not_selected": total - len(kept["pair_id"])},
         seconds=time.monotonic() - started,
         config=config.select.model_dump(mode="json"),
         details=details
         | {
-            "num_scored": num_scored,
+            "num_scored": total - counts["unscored"],
             "dropped": dropped,
             "threshold": float(kept["importance_score"].min()),
             "terms": _describe(populations["eligible"]),
@@ -239,8 +241,8 @@ def rank_pairs(
 def _accumulators(config: FifaConfig, strategies: Sequence[Strategy]) -> dict[str, TopK]:
     select, gallery = config.select, max(1, config.report.gallery_size)
     sizes = {strategy: select.selection_size for strategy in strategies}
-    pool = int(select.greedy_pool) if select.selector == "greedy" else 1
-    sizes[select.strategy] = select.selection_size * pool + gallery
+    pool = select.greedy_pool if select.selector == "greedy" else 1
+    sizes[select.strategy] = int(select.selection_size * pool) + gallery
     tops = {
         name: TopK(size, max_pairs_per_prompt=select.max_pairs_per_prompt)
         for name, size in sizes.items()
@@ -320,15 +322,16 @@ def _push(
 
 
 def _chosen(
-    run: RunDir, config: FifaConfig, strategy: Strategy, ranked: dict[str, np.ndarray]
+    run: RunDir,
+    config: FifaConfig,
+    strategy: Strategy,
+    ranked: dict[str, np.ndarray],
+    populations: Mapping[str, Population],
 ) -> dict[str, np.ndarray]:
     """The K of one strategy, best first."""
-    size = config.select.selection_size
-    if strategy != config.select.strategy or config.select.selector == "top_k":
-        return {name: values[:size] for name, values in ranked.items()}
-    from fifa_ray.engine.greedy import choose_greedily
-
-    return choose_greedily(run, config, ranked)
+    if strategy == config.select.strategy and config.select.selector == "greedy":
+        return choose_greedily(run, config, ranked, populations[population_of(strategy)])
+    return {name: values[: config.select.selection_size] for name, values in ranked.items()}
 
 
 def _extras(
