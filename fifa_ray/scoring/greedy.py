@@ -14,12 +14,12 @@ be chosen. While S has too few prompts, a missing neighbour is at distance 2, th
 unit sphere.
 
 Greedy adds the pair of largest gain, K times. The objective is neither monotone nor submodular (a
-new prompt shortens the distances of others, and that loss may shrink as well as grow with S). So the
-1 - 1/e guarantees of greedy and stochastic greedy (Mirzasoleiman et al. 2015) do not hold, and the
-cached gains of lazy greedy bound nothing. But one part of a gain can only fall as S grows,
-base_score + diversity_weight * log r, and the other, what the chosen lose, is never a gain. By
-this bound the choice of plain greedy is found without evaluating every candidate at every turn.
-Swapping chosen pairs for others afterwards, tried on small pools, added 0 to 2%: not worth it.
+new prompt shortens the distances of others, and that loss may shrink as well as grow with S). So
+the 1 - 1/e guarantees of greedy and stochastic greedy (Mirzasoleiman et al. 2015) do not hold, and
+the cached gains of lazy greedy bound nothing. But one part of a gain can only fall as S grows,
+base_score + diversity_weight * log r, and the other, what the chosen lose, is never a gain. By this
+bound the choice of plain greedy is found without evaluating every candidate at every turn. Swapping
+chosen pairs for others afterwards, tried on small pools, added 0 to 2%: not worth it.
 
 Suffixes: P pairs of the pool, N distinct prompts of the pool, W watched prompts, D embedding width,
 k = num_neighbors. Distances are kept squared, as float32 unless the embeddings are float64.
