@@ -29,7 +29,8 @@ def choose_greedily(
     prompts, prompt_index = np.unique(pool["prompt_id"], return_inverse=True)
     weight = select.diversity_weight / _log_distance_spread(population, config)
     logger.info(
-        "selected: greedy over %s candidates of %s prompts", f"{len(prompt_index):,}",
+        "selected: greedy over %s candidates of %s prompts",
+        f"{len(prompt_index):,}",
         f"{len(prompts):,}",
     )
     chosen = select_greedy(

@@ -134,7 +134,9 @@ def test_a_cache_serves_other_runs_but_not_its_failures(ray_session, tmp_path):
         def answer(batch: pa.Table) -> pa.Table:
             table = lengths(batch)
             good = [i != failing_id for i in table.column("prompt_id").to_pylist()]
-            values = [v if g else None for v, g in zip(table["length"].to_pylist(), good, strict=True)]
+            values = [
+                v if g else None for v, g in zip(table["length"].to_pylist(), good, strict=True)
+            ]
             return table.set_column(1, "length", pa.array(values, pa.int64()))
 
         return dataset.map_batches(answer, batch_format="pyarrow")
@@ -179,8 +181,6 @@ def test_too_many_quarantined_rows_stop_the_run(ray_session, tmp_path):
     )
     with pytest.raises(RuntimeError, match=r"quarantined 5 of 20 rows \(25.0%, allowed 10.0%\)"):
         run_map_stage(run, stage, measure, config={}, max_quarantine_fraction=0.1)
-    manifest = run_map_stage(
-        run, replace(stage), measure, config={}, max_quarantine_fraction=0.3
-    )
+    manifest = run_map_stage(run, replace(stage), measure, config={}, max_quarantine_fraction=0.3)
     assert manifest.quarantined == {"too_long": 5}
     assert run.read_table("quarantine", "lengths").column("reason").to_pylist() == ["too_long"] * 5

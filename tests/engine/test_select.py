@@ -1,16 +1,13 @@
 """Selection: the paper's score computed another way, and the same K however the work is cut."""
 
-import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
+from drawn_scores import select_config, write_scores
 from scipy import stats
-
-sys.path.insert(0, str(Path(__file__).parent))
-from synthetic_run import select_config, write_scores
 
 from fifa_ray.config import ConfigError
 from fifa_ray.engine.select import run_select, uniform_hash
@@ -54,7 +51,8 @@ def selected_ids(run) -> list[int]:
 def test_selection_is_the_papers_sum_of_standardised_terms(ray_session, run):
     frame = frame_of(write_scores(run))
     config = select_config(
-        run.uri, ["select.quality_weight=0.7", "select.diversity_weight=0.3", "select.min_quality=2"]
+        run.uri,
+        ["select.quality_weight=0.7", "select.diversity_weight=0.3", "select.min_quality=2"],
     )
     manifest = run_select(run, config)
     kept = frame[~frame.harmful & (frame.quality >= 2)]
@@ -172,7 +170,12 @@ def test_a_prompt_gives_at_most_its_share(ray_session, run):
 
 def test_greedy_spreads_the_chosen_prompts_further(ray_session, run):
     write_scores(run)
-    settings = ["select.diversity_weight=3", "select.selection_size=60"]
+    # One pair a prompt: both sets then have as many prompts, and their entropies compare.
+    settings = [
+        "select.diversity_weight=3",
+        "select.selection_size=60",
+        "select.max_pairs_per_prompt=1",
+    ]
     run_select(run, select_config(run.uri, settings))
     plain = run.manifest("selected").details["sets"]["fifa"]["knn_entropy"]
     run_select(run, select_config(run.uri, [*settings, "select.selector=greedy"]))

@@ -90,7 +90,9 @@ def _write_prompts(run, drawn, prompt_ids):
             [
                 prompt_ids,
                 pa.array(quality, from_pandas=True),
-                pa.array([None if b else bool(h) for b, h in zip(broken, drawn["harmful"], strict=True)]),
+                pa.array(
+                    [None if b else bool(h) for b, h in zip(broken, drawn["harmful"], strict=True)]
+                ),
                 pa.nulls(count, pa.string()),
                 [""] * count,
                 [("timeout" if b else None) for b in broken],
