@@ -27,8 +27,14 @@ def agreement(tables: RunTables) -> Section:
         low, high = wilson_interval(share, len(values))
         overall = (exact.get(name) or {}).get("agreement")
         rows.append(
-            {"model": name, "all": overall, "share": share, "low": low, "high": high,
-             "pairs": len(values)}
+            {
+                "model": name,
+                "all": overall,
+                "share": share,
+                "low": low,
+                "high": high,
+                "pairs": len(values),
+            }
         )
         bins += [{"model": name} | row for row in agreement_bins(values)]
     if not rows:

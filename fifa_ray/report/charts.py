@@ -83,8 +83,12 @@ def histograms(
         for name, v in values.items()
     }
     rows: list[Row] = [
-        {"low": _round(edges[i]), "high": _round(edges[i + 1]), "bin": f"{edges[i]:.3g} to "
-         f"{edges[i + 1]:.3g}"} | {name: _round(share[i]) for name, share in shares.items()}
+        {
+            "low": _round(edges[i]),
+            "high": _round(edges[i + 1]),
+            "bin": f"{edges[i]:.3g} to {edges[i + 1]:.3g}",
+        }
+        | {name: _round(share[i]) for name, share in shares.items()}
         for i in range(num_bins)
     ]
     # A step line needs a point at the right edge of the last bin.

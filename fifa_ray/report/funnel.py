@@ -106,8 +106,10 @@ def _selection_steps(tables: RunTables, scored: int, notes: list[str]) -> list[d
             "select ran on other rewards than these; run it again."
         )
     threshold = details.get("threshold")
-    beyond = "beyond the selection size" if threshold is None else (
-        f"importance score below that of the last kept pair ({threshold:.3f})"
+    beyond = (
+        "beyond the selection size"
+        if threshold is None
+        else (f"importance score below that of the last kept pair ({threshold:.3f})")
     )
     return [
         {

@@ -40,10 +40,18 @@ def _figures(tables: RunTables) -> list[dict[str, Any]]:
     whole = {name: moments.get("mean") for name, moments in (details.get("terms") or {}).items()}
     figures = [
         ("Mean reward margin", kept.get("mean_reward_margin"), whole.get("reward_margin"), "all"),
-        ("Mean prompt quality", kept.get("mean_prompt_quality"), whole.get("prompt_quality"),
-         "all"),
-        ("k-NN entropy of the prompts, nats", kept.get("knn_entropy"), random.get("knn_entropy"),
-         "random"),
+        (
+            "Mean prompt quality",
+            kept.get("mean_prompt_quality"),
+            whole.get("prompt_quality"),
+            "all",
+        ),
+        (
+            "k-NN entropy of the prompts, nats",
+            kept.get("knn_entropy"),
+            random.get("knn_entropy"),
+            "random",
+        ),
         ("Distinct prompts", kept.get("num_prompts"), random.get("num_prompts"), "random"),
     ]
     against = {"all": "all pairs", "random": "a random set of the same size"}

@@ -33,8 +33,12 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[RunTables], Section]], ...] = (
     ("galleries", "The pairs themselves", "Pairs", gallery.galleries),
     ("comparison", "Against other ways to choose", "Baselines", overview.comparison),
     ("distributions", "The terms of the score", "Terms", terms.distributions),
-    ("scatter", "Reward margin against prompt quality", "Margin × quality",
-     terms.margin_against_quality),
+    (
+        "scatter",
+        "Reward margin against prompt quality",
+        "Margin × quality",
+        terms.margin_against_quality,
+    ),
     ("map", "A map of the prompts", "Map", prompts.prompt_map),
     ("extremes", "Prompts at both ends", "Prompts", prompts.extremes),
     ("flagged", "Flagged as harmful", "Flagged", prompts.flagged),
@@ -65,13 +69,17 @@ def render_page(tables: RunTables) -> str:
     ]
     scripts = [charts.javascript(), _asset("page.js")]
     styles = _asset("page.css")
-    return _environment().get_template("page.html.j2").render(
-        run_name=tables.run.root.rstrip("/").rsplit("/", 1)[-1],
-        headline=headline,
-        sections=sections,
-        scripts=[Markup(script) for script in scripts],
-        styles=Markup(styles),
-        policy=_policy(scripts, styles),
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            run_name=tables.run.root.rstrip("/").rsplit("/", 1)[-1],
+            headline=headline,
+            sections=sections,
+            scripts=[Markup(script) for script in scripts],
+            styles=Markup(styles),
+            policy=_policy(scripts, styles),
+        )
     )
 
 

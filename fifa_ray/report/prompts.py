@@ -9,8 +9,7 @@ import pyarrow.compute as pc
 
 from fifa_ray.report import charts
 from fifa_ray.report.section import Absent, Section
-from fifa_ray.report.tables import RunTables
-from fifa_ray.report.terms import shorten
+from fifa_ray.report.tables import RunTables, shorten
 from fifa_ray.schema import PROMPT_ID, embedding_matrix
 
 TOP = 10
@@ -59,9 +58,7 @@ def prompt_map(tables: RunTables) -> Section:
         }
         for i, (x, y) in zip(ids, places, strict=True)
     ]
-    chart = charts.point_map(
-        points, tooltips={"prompt:N": "prompt", "quality:Q": "prompt quality"}
-    )
+    chart = charts.point_map(points, tooltips={"prompt:N": "prompt", "quality:Q": "prompt quality"})
     values = {
         "num_kept_shown": len(lit & set(ids)),
         "num_kept": len(kept),
@@ -109,9 +106,7 @@ def extremes(tables: RunTables) -> Section:
         if not tables.has(stage):
             notes.append(f"{stage}/ is not in this run: its stage has not run or is switched off.")
             continue
-        low, high = tables.extremes(
-            stage, column=column, count=TOP, exclude=tables.harmful_ids
-        )
+        low, high = tables.extremes(stage, column=column, count=TOP, exclude=tables.harmful_ids)
         texts = tables.prompt_texts(i for i, _ in low + high)
         for which, rows in ((f"Highest {name}", high), (f"Lowest {name}", low)):
             shown = [{"prompt": texts.get(i), "value": v, "kept": i in kept} for i, v in rows]

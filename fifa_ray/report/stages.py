@@ -19,7 +19,7 @@ def stages(tables: RunTables) -> Section:
     """Rows, seconds, rows per second and cost of every complete stage."""
     if not tables.manifests:
         raise Absent("manifests/ is not in this run: no stage is complete.")
-    rows = [_stage_row(m) for m in sorted(tables.manifests.values(), key=_place)]
+    rows = [_stage_row(m) for m in sorted(tables.manifests.values(), key=place_of_stage)]
     done = {row["stage"].split("/")[0] for row in rows}
     missing = [name for name in ORDER if name not in done]
     notes = (f"Not complete: {', '.join(missing)}.",) if missing else ()
@@ -63,6 +63,12 @@ def settings(tables: RunTables) -> Section:
     return Section(template="settings.html.j2", values=values)
 
 
+def place_of_stage(manifest: Manifest) -> tuple[int, str]:
+    """Sort key that puts manifests in the order in which the stages run."""
+    first = manifest.stage.split("/")[0]
+    return ORDER.index(first) if first in ORDER else len(ORDER), manifest.stage
+
+
 def without_secrets(value: Any) -> Any:
     """A configuration with the values of env_vars and the userinfo of URLs masked."""
     if isinstance(value, dict):
@@ -92,8 +98,3 @@ def _stage_row(manifest: Manifest) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint,
         "details": without_secrets(details),
     }
-
-
-def _place(manifest: Manifest) -> tuple[int, str]:
-    first = manifest.stage.split("/")[0]
-    return ORDER.index(first) if first in ORDER else len(ORDER), manifest.stage

@@ -22,6 +22,14 @@ from fifa_ray.schema import PROMPT_ID, SELECTED_TERMS
 
 CONFIG_FILE = "config.yaml"
 HIDDEN_PROMPT = "(flagged as harmful, text hidden)"
+TOOLTIP_CHARS = 140
+# Column of the tables -> what it is called on the page.
+TERMS = {
+    "reward_margin": "reward margin",
+    "prompt_quality": "prompt quality (0 to 10)",
+    "log_kth_neighbor_distance": "log distance to the k-th nearest prompt",
+    "importance_score": "importance score",
+}
 
 
 class RunTables:
@@ -63,9 +71,7 @@ class RunTables:
 
     def dataset(self, *parts: str) -> ds.Dataset:
         """A table, sub-folders included, to scan; hidden and unfinished files are left out."""
-        return ds.dataset(
-            self.run.path(*parts), filesystem=self.run.filesystem, format="parquet"
-        )
+        return ds.dataset(self.run.path(*parts), filesystem=self.run.filesystem, format="parquet")
 
     def batches(self, *parts: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Stream columns of a table in the order of its parts; nothing where it is absent."""
@@ -158,14 +164,25 @@ class RunTables:
             seen = ~np.isin(ids, hidden)
             ids, values = ids[seen], values[seen]
             low = _first(np.append(low[0], ids), np.append(low[1], values), count)
-            high_ids, negated = _first(
-                np.append(high[0], ids), np.append(-high[1], -values), count
-            )
+            high_ids, negated = _first(np.append(high[0], ids), np.append(-high[1], -values), count)
             high = (high_ids, -negated)
         return (
             list(zip(low[0].tolist(), low[1].tolist(), strict=True)),
             list(zip(high[0].tolist(), high[1].tolist(), strict=True)),
         )
+
+
+def finite_values(table: pa.Table, column: str) -> np.ndarray:
+    """A column's values that are neither null nor infinite, float64; empty where it is absent."""
+    if column not in table.column_names:
+        return np.empty(0)
+    values = table.column(column).drop_null().cast(pa.float64()).to_numpy()
+    return values[np.isfinite(values)]
+
+
+def shorten(text: str, limit: int = TOOLTIP_CHARS) -> str:
+    """Text cut to `limit` characters, with an ellipsis where something was cut."""
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
 
 
 def _first(ids: np.ndarray, values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,18 +6,10 @@ import pyarrow.compute as pc
 
 from fifa_ray.report import charts
 from fifa_ray.report.section import Absent, Section
-from fifa_ray.report.tables import RunTables
+from fifa_ray.report.tables import TERMS, RunTables, finite_values, shorten
 from fifa_ray.schema import PAIR_ID, PROMPT_ID
 
-# Column of the tables -> what it is called on the page.
-TERMS = {
-    "reward_margin": "reward margin",
-    "prompt_quality": "prompt quality (0 to 10)",
-    "log_kth_neighbor_distance": "log distance to the k-th nearest prompt",
-    "importance_score": "importance score",
-}
 SCATTER_POINTS = 2000
-TOOLTIP_CHARS = 140
 
 
 def distributions(tables: RunTables) -> Section:
@@ -34,7 +26,7 @@ def distributions(tables: RunTables) -> Section:
         notes.append("baselines/ is not in this run: no baseline was asked for (select.compare).")
     specs, panels = {}, []
     for column, title in TERMS.items():
-        values = {name: _finite(table, column) for name, table in sets.items()}
+        values = {name: finite_values(table, column) for name, table in sets.items()}
         values = {name: v for name, v in values.items() if len(v)}
         if "all" not in values:
             notes.append(f"No pair has a value of {column}.")
@@ -45,9 +37,7 @@ def distributions(tables: RunTables) -> Section:
             (which, len(v), *np.quantile(v, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist())
             for which, v in values.items()
         ]
-        panels.append(
-            {"chart": name, "title": title, "outside": outside, "quantiles": quantiles}
-        )
+        panels.append({"chart": name, "title": title, "outside": outside, "quantiles": quantiles})
     threshold = tables.details("selected").get("threshold")
     values = {
         "panels": panels,
@@ -97,18 +87,6 @@ def margin_against_quality(tables: RunTables) -> Section:
     )
     values = {"num_others": len(parts[0][1]), "num_kept": len(parts[1][1])}
     return Section(template="scatter.html.j2", values=values, charts={"margin-quality": chart})
-
-
-def shorten(text: str, limit: int = TOOLTIP_CHARS) -> str:
-    """Text cut to `limit` characters, with an ellipsis where something was cut."""
-    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
-
-
-def _finite(table: pa.Table, column: str) -> np.ndarray:
-    if column not in table.column_names:
-        return np.empty(0)
-    values = table.column(column).drop_null().cast(pa.float64()).to_numpy()
-    return values[np.isfinite(values)]
 
 
 def _thin(table: pa.Table, count: int) -> pa.Table:

@@ -55,7 +55,7 @@ def write_run(
     num_pairs: int = 1500,
     selection_size: int = 200,
     dimension: int = 16,
-    gallery_size: int = 6,
+    gallery_size: int = 8,
     seed: int = 0,
 ) -> RunDir:
     """Write every table and manifest of a finished run, and a proof."""
@@ -105,8 +105,14 @@ def _prompts(rng: np.random.Generator, count: int) -> tuple[list[str], np.ndarra
     return [texts[i] for i in order], ids[order]
 
 
-def _manifest(run: RunDir, stage: str, rows_in: int, quarantined: dict[str, int], seconds: float,
-              **details: object) -> None:
+def _manifest(
+    run: RunDir,
+    stage: str,
+    rows_in: int,
+    quarantined: dict[str, int],
+    seconds: float,
+    **details: object,
+) -> None:
     run.publish(
         Manifest(
             stage=stage,
@@ -157,8 +163,12 @@ def _write_pairs_and_prompts(
     for part, rows in enumerate((texts.slice(0, middle), texts.slice(middle))):
         run.write_table(rows.cast(schema.PROMPTS), "prompts", part_name(part))
     rejects = [
-        {"reason": reason, "detail": f"<b>{reason}</b> in row", "source_file": "train-00000.parquet",
-         "source_row": num_pairs + i}
+        {
+            "reason": reason,
+            "detail": f"<b>{reason}</b> in row",
+            "source_file": "train-00000.parquet",
+            "source_row": num_pairs + i,
+        }
         for reason, count in REASONS.items()
         for i in range(count)
     ]
@@ -168,8 +178,13 @@ def _write_pairs_and_prompts(
 
 
 def _write_prompt_tables(
-    run: RunDir, ids: np.ndarray, vectors: np.ndarray, quality: np.ndarray, harmful: np.ndarray,
-    unrated: np.ndarray, log_distance: np.ndarray,
+    run: RunDir,
+    ids: np.ndarray,
+    vectors: np.ndarray,
+    quality: np.ndarray,
+    harmful: np.ndarray,
+    unrated: np.ndarray,
+    log_distance: np.ndarray,
 ) -> None:
     count = len(ids)
     rated = pa.table(
@@ -183,8 +198,16 @@ def _write_prompt_tables(
         }
     ).cast(schema.QUALITY)
     run.write_table(rated, "quality", part_name(0))
-    _manifest(run, "quality", count, {}, 184.0, judge={"model": "tiny-llm", "engine": "vllm"},
-              tokens=81_234, cpu_seconds=361.0)
+    _manifest(
+        run,
+        "quality",
+        count,
+        {},
+        184.0,
+        judge={"model": "tiny-llm", "engine": "vllm"},
+        tokens=81_234,
+        cpu_seconds=361.0,
+    )
     dimension = vectors.shape[1]
     flat = pa.array(vectors.astype(np.float32).ravel())
     embedded = pa.table(
@@ -193,18 +216,38 @@ def _write_prompt_tables(
     run.write_table(embedded.cast(schema.embeddings_schema(dimension)), "embeddings", part_name(0))
     _manifest(run, "embeddings", count, {}, 21.0, model="all-MiniLM-L6-v2", cpu_seconds=40.2)
     near = pa.table(
-        {"prompt_id": ids, "kth_neighbor_distance": np.exp(log_distance).astype(np.float32),
-         "log_kth_neighbor_distance": log_distance.astype(np.float32)}
+        {
+            "prompt_id": ids,
+            "kth_neighbor_distance": np.exp(log_distance).astype(np.float32),
+            "log_kth_neighbor_distance": log_distance.astype(np.float32),
+        }
     )
     run.write_table(near.cast(schema.NEIGHBORS), "neighbors", part_name(0))
-    _manifest(run, "neighbors", count, {}, 2.1, method="approximate", num_lists=80, num_probes=12,
-              reason="60,000 prompts are more than neighbors.exact_below = 50,000",
-              recall=0.9934, kth_distance_error_p95=0.0021, knn_entropy=-4.31)
+    _manifest(
+        run,
+        "neighbors",
+        count,
+        {},
+        2.1,
+        method="approximate",
+        num_lists=80,
+        num_probes=12,
+        reason="60,000 prompts are more than neighbors.exact_below = 50,000",
+        recall=0.9934,
+        kth_distance_error_p95=0.0021,
+        knn_entropy=-4.31,
+    )
 
 
 def _score(
-    run: RunDir, rng: np.random.Generator, pairs: pa.Table, ids: np.ndarray, quality: np.ndarray,
-    harmful: np.ndarray, unrated: np.ndarray, log_distance: np.ndarray,
+    run: RunDir,
+    rng: np.random.Generator,
+    pairs: pa.Table,
+    ids: np.ndarray,
+    quality: np.ndarray,
+    harmful: np.ndarray,
+    unrated: np.ndarray,
+    log_distance: np.ndarray,
 ) -> Scored:
     pair_id = pairs.column("pair_id").to_numpy()
     index = np.searchsorted(ids, pairs.column("prompt_id").to_numpy())
@@ -216,17 +259,39 @@ def _score(
         bad = lost[: 10 + 4 * number]
         good = np.setdiff1d(np.arange(len(pair_id)), bad)
         rows = pa.table(
-            {"pair_id": pair_id[good], "reward_chosen": 20 + margin[good],
-             "reward_rejected": np.full(len(good), 20.0), "reward_margin": margin[good]}
+            {
+                "pair_id": pair_id[good],
+                "reward_chosen": 20 + margin[good],
+                "reward_rejected": np.full(len(good), 20.0),
+                "reward_margin": margin[good],
+            }
         )
         run.write_table(rows.cast(schema.REWARDS), "rewards", name, part_name(0))
-        _quarantine(run, f"rewards/{name}", [
-            {"reason": "corrupt_image", "detail": "truncated JPEG", "pair_id": int(pair_id[i]),
-             "prompt_id": int(ids[index[i]])} for i in bad
-        ])
-        _manifest(run, f"rewards/{name}", len(pair_id), {"corrupt_image": len(bad)}, 96.0 + number,
-                  model={"name": name, "version": "v1", "dtype": "float32"}, cpu_seconds=190.1,
-                  gpu_seconds=0.0, images=2 * len(good), distinct_images=1900)
+        _quarantine(
+            run,
+            f"rewards/{name}",
+            [
+                {
+                    "reason": "corrupt_image",
+                    "detail": "truncated JPEG",
+                    "pair_id": int(pair_id[i]),
+                    "prompt_id": int(ids[index[i]]),
+                }
+                for i in bad
+            ],
+        )
+        _manifest(
+            run,
+            f"rewards/{name}",
+            len(pair_id),
+            {"corrupt_image": len(bad)},
+            96.0 + number,
+            model={"name": name, "version": "v1", "dtype": "float32"},
+            cpu_seconds=190.1,
+            gpu_seconds=0.0,
+            images=2 * len(good),
+            distinct_images=1900,
+        )
         margins[name] = margin
     good = np.setdiff1d(np.arange(len(pair_id)), lost)
     pair_id, index = pair_id[good], index[good]
@@ -243,8 +308,15 @@ def _score(
 
 
 def _write_selection(
-    run: RunDir, rng: np.random.Generator, scored: Scored, prompts: list[str], ids: np.ndarray,
-    quality: np.ndarray, log_distance: np.ndarray, selection_size: int, harmful: np.ndarray,
+    run: RunDir,
+    rng: np.random.Generator,
+    scored: Scored,
+    prompts: list[str],
+    ids: np.ndarray,
+    quality: np.ndarray,
+    log_distance: np.ndarray,
+    selection_size: int,
+    harmful: np.ndarray,
 ) -> None:
     index = scored.prompt_index
     margin = np.mean(list(scored.margins.values()), axis=0).astype(np.float64)
@@ -287,15 +359,22 @@ def _write_selection(
 
     run.write_table(with_images(terms_table(chosen)), "selected", part_name(0))
     sets = {"fifa": chosen}
-    orders = {"random": rng.permutation(eligible), "margin_only": eligible[np.argsort(-margin[eligible])],
-              "quality_only": eligible[np.argsort(-quality[index[eligible]])],
-              "diversity_only": eligible[np.argsort(-log_distance[index[eligible]])]}
+    orders = {
+        "random": rng.permutation(eligible),
+        "margin_only": eligible[np.argsort(-margin[eligible])],
+        "quality_only": eligible[np.argsort(-quality[index[eligible]])],
+        "diversity_only": eligible[np.argsort(-log_distance[index[eligible]])],
+    }
     for name, order in orders.items():
         sets[name] = order[:selection_size]
         run.write_table(terms_table(sets[name]), "baselines", name, part_name(0))
     contradicted = eligible[np.argsort(margin[eligible])]
-    groups = {"best": chosen, "just_missed": best[selection_size:], "worst": best[::-1],
-              "disagrees": contradicted}
+    groups = {
+        "best": chosen,
+        "just_missed": best[selection_size:],
+        "worst": best[::-1],
+        "disagrees": contradicted,
+    }
     gallery = []
     for name, rows in groups.items():
         table = with_images(terms_table(rows[:8]))
@@ -323,11 +402,17 @@ def _write_selection(
         "scored_sample",
         part_name(0),
     )
-    dropped = {name: int(np.sum(scored.dropped_by == name)) for name in ("harmful", "quality_error")}
+    dropped = {
+        name: int(np.sum(scored.dropped_by == name)) for name in ("harmful", "quality_error")
+    }
     _manifest(
-        run, "selected", len(scored.pair_id),
-        dropped | {"below_threshold": len(eligible) - len(chosen)}, 1.2,
-        num_scored=len(scored.pair_id), dropped=dropped,
+        run,
+        "selected",
+        len(scored.pair_id),
+        dropped | {"below_threshold": len(eligible) - len(chosen)},
+        1.2,
+        num_scored=len(scored.pair_id),
+        dropped=dropped,
         threshold=float(scored.score[chosen[-1]]),
         sets={
             name: {
@@ -340,10 +425,14 @@ def _write_selection(
             }
             for name, rows in sets.items()
         },
-        terms={"reward_margin": {"mean": float(margin.mean()), "std": float(margin.std())},
-               "prompt_quality": {"mean": float(quality[index].mean()), "std": 1.8}},
-        reward_models={name: {"agreement": float(np.mean(values > 0))}
-                       for name, values in scored.margins.items()},
+        terms={
+            "reward_margin": {"mean": float(margin.mean()), "std": float(margin.std())},
+            "prompt_quality": {"mean": float(quality[index].mean()), "std": 1.8},
+        },
+        reward_models={
+            name: {"agreement": float(np.mean(values > 0))}
+            for name, values in scored.margins.items()
+        },
     )
 
 
@@ -352,7 +441,9 @@ def picture(rng: np.random.Generator, side: int = 192) -> bytes:
     sky = tuple(int(c) for c in rng.integers(90, 255, 3))
     image = Image.new("RGB", (side, side), sky)
     draw = ImageDraw.Draw(image)
-    draw.rectangle((0, side * 0.65, side, side), fill=tuple(int(c) for c in rng.integers(20, 160, 3)))
+    draw.rectangle(
+        (0, side * 0.65, side, side), fill=tuple(int(c) for c in rng.integers(20, 160, 3))
+    )
     for _ in range(4):
         x, y, r = (int(v) for v in rng.integers(20, side - 40, 3))
         color = tuple(int(c) for c in rng.integers(0, 255, 3))
@@ -363,5 +454,11 @@ def picture(rng: np.random.Generator, side: int = 192) -> bytes:
 
 
 if __name__ == "__main__":
-    write_run(sys.argv[1], num_prompts=4000, num_pairs=15_000, selection_size=1500, gallery_size=12,
-              dimension=384)
+    write_run(
+        sys.argv[1],
+        num_prompts=4000,
+        num_pairs=15_000,
+        selection_size=1500,
+        gallery_size=12,
+        dimension=384,
+    )

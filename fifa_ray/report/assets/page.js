@@ -41,10 +41,10 @@
     defaultStyle: false,
     tooltip: showTooltip,
   };
-  const drawn = [...document.querySelectorAll("[data-spec]")].map(async (element) => {
-    const spec = JSON.parse(document.getElementById(element.dataset.spec).textContent);
+  const drawn = [...document.querySelectorAll("[data-chart]")].map(async (element) => {
+    const spec = JSON.parse(document.getElementById(`spec-${element.dataset.chart}`).textContent);
     const { view } = await window.vegaEmbed(element, spec, options);
-    views.set(element.id, view);
+    views.set(element.dataset.chart, view);
   });
   Promise.all(drawn).then(() => {
     document.documentElement.dataset.drawn = "true";
