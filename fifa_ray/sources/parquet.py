@@ -59,13 +59,14 @@ class ParquetSource:
         max_rows: int | None = None,
     ) -> None:
         self.folder, self.files, self.layout = folder, files, layout
+        self.files_identity = identity_of(folder, files)
         self.image_files = image_files
         self.rows_per_chunk, self.max_rows = rows_per_chunk, max_rows
         self.format = layout.format
 
     def identity(self) -> list[Any]:
         """Format and what identifies the files."""
-        return [self.format, *identity_of(self.folder, self.files)]
+        return [self.format, *self.files_identity]
 
     def chunks(self) -> list[SourceChunk]:
         """Whole row groups of a file, together at most `rows_per_chunk` rows; a larger row group

@@ -1,4 +1,4 @@
-"""Datasets in JSON: a top-level array of objects, or one object a line.
+"""Datasets in JSON: a top-level array of objects, or one object a line (whatever the suffix).
 
 A file is cut into byte ranges of whole records in one scan, so that reading a chunk neither parses
 nor holds the rest of the file.
@@ -24,6 +24,7 @@ from fifa_ray.sources.source import (
 SCAN_BYTES = 16 << 20
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 _BOM = b"\xef\xbb\xbf"
+_OPENING = re.compile(r"(?:\u00ef\u00bb\u00bf)?[ \t\r\n]*")
 _BETWEEN = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")
 
 
@@ -62,13 +63,14 @@ class RecordSource:
         prefixes: dict[str, str] | None = None,
     ) -> None:
         self.folder, self.files, self.layout = folder, files, layout
+        self.files_identity = identity_of(folder, files)
         self.image_files, self.prefixes = image_files, prefixes or {}
         self.rows_per_chunk, self.max_rows = rows_per_chunk, max_rows
         self.format = layout.format
 
     def identity(self) -> list[Any]:
         """Format and what identifies the files."""
-        return [self.format, *identity_of(self.folder, self.files)]
+        return [self.format, *self.files_identity]
 
     def chunks(self) -> list[SourceChunk]:
         """`rows_per_chunk` records each, found by scanning the files once."""
@@ -93,7 +95,7 @@ class RecordSource:
     def _cut(self, name: str) -> Iterator[tuple[int, int, int, int]]:
         row = row_start = start = stop = 0
         with self.folder.filesystem.open_input_stream(self.folder.join(name)) as stream:
-            scan = _scan_lines if name.endswith(LINE_SUFFIXES) else _scan_array
+            scan = _scan_lines if _has_lines(self.folder, name) else _scan_array
             for begin, stop in scan(stream, self.folder.join(name)):
                 if row == row_start:
                     start = begin
@@ -112,7 +114,7 @@ class RecordSource:
             data = file.read_at(chunk.stop - chunk.start, chunk.start)
         prefix = self.prefixes.get(chunk.file, "")
         columns: dict[str, list[Any]] = {name: [] for name in METADATA.names}
-        split = _split_lines if chunk.file.endswith(LINE_SUFFIXES) else _split_array
+        split = _split_lines if _has_lines(self.folder, chunk.file) else _split_array
         for row, record in enumerate(split(data), chunk.row_start):
             if row == chunk.row_stop:
                 break
@@ -164,7 +166,7 @@ def read_first_record(folder: Folder, name: str) -> dict[str, Any] | None:
     Raises ValueError where the file is neither an array of objects nor one object a line.
     """
     path = folder.join(name)
-    is_lines = name.endswith(LINE_SUFFIXES)
+    is_lines = _has_lines(folder, name)
     with folder.filesystem.open_input_stream(path) as stream:
         place = next(_scan_lines(stream, path) if is_lines else _scan_array(stream, path), None)
     if place is None:
@@ -176,6 +178,14 @@ def read_first_record(folder: Folder, name: str) -> dict[str, Any] | None:
         found = str(record)[:100]
         raise ValueError(f"{path}: expected JSON objects, its first record is {found!r}")
     return record
+
+
+def _has_lines(folder: Folder, name: str) -> bool:
+    """Whether a file has one object a line; .json files do as often as not."""
+    if name.endswith(LINE_SUFFIXES):
+        return True
+    with folder.filesystem.open_input_stream(folder.join(name)) as stream:
+        return bool(stream.read(64).removeprefix(_BOM).lstrip()[:1] == b"{")
 
 
 def _scan_lines(stream: pa.NativeFile, path: str) -> Iterator[tuple[int, int]]:
@@ -200,19 +210,21 @@ def _scan_array(stream: pa.NativeFile, path: str) -> Iterator[tuple[int, int]]:
     finds the same ends, and they are byte offsets.
     """
     decoder = json.JSONDecoder()
-    text, base, at = "", 0, 0
-    opened = False
+    # The part of the file not done with, where it begins, and how far in it we are.
+    text, base, at, is_open = "", 0, 0, False
     while True:
         data = stream.read(SCAN_BYTES)
-        if not opened and data:
-            at = len(data) - len(data.removeprefix(_BOM).lstrip())
-            if data[at : at + 1] != b"[":
-                raise ValueError(
-                    f"{path}: expected a JSON array of objects, found {data[at : at + 20]!r}; name "
-                    "a file with one object a line .jsonl"
-                )
-            at, opened = at + 1, True
         text, base, at = text[at:] + data.decode("latin-1"), base + at, 0
+        if not is_open:
+            if data and len(text) < 64:
+                continue  # Enough to see past a byte order mark and blanks.
+            at = _OPENING.match(text).end()  # type: ignore[union-attr]
+            if text[at : at + 1] != "[":
+                raise ValueError(
+                    f"{path}: expected a JSON array of objects or one object a line, found "
+                    f"{text[at : at + 20]!r}"
+                )
+            at, is_open = at + 1, True
         while True:
             at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
             if text[at : at + 1] in ("", "]"):

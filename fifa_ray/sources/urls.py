@@ -7,10 +7,12 @@ are followed by hand under the same rule. Proxies of the environment are not use
 resolve the name themselves.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable
 from urllib.parse import urljoin, urlsplit
@@ -85,6 +87,10 @@ def _get(
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UrlError("url_failed", f"not an http(s) URL: {url[:200]!r}")
     connection = _GuardedConnection(parts.hostname, parts.port, parts.scheme, deadline, is_allowed)
+    # A socket's own timeout starts anew with every byte; this one does not.
+    alarm = threading.Timer(connection.seconds_left(), connection.cut)
+    alarm.daemon = True
+    alarm.start()
     try:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         headers = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"}
@@ -99,6 +105,7 @@ def _get(
             raise UrlError("url_failed", f"HTTP {response.status}")
         return _read_body(response, connection, max_bytes)
     finally:
+        alarm.cancel()
         connection.close()
 
 
@@ -108,14 +115,11 @@ def _read_body(
     if response.length is not None and response.length > max_bytes:
         raise UrlError("image_too_large", f"{response.length:,} bytes, allowed {max_bytes:,}")
     body = bytearray()
-    while True:
-        connection.check_deadline()
-        piece = response.read1(READ_BYTES)
-        if not piece:
-            break
+    while piece := response.read1(READ_BYTES):
         body += piece
         if len(body) > max_bytes:
             raise UrlError("image_too_large", f"more than {max_bytes:,} bytes")
+    connection.seconds_left()  # The alarm looks like the end of the body.
     if response.length:
         raise UrlError("url_failed", f"cut short, {response.length:,} bytes missing")
     return bytes(body)
@@ -136,6 +140,8 @@ class _GuardedConnection(http.client.HTTPConnection):
         self.default_port = 443 if scheme == "https" else 80
         self.tls = scheme == "https"
         self.deadline, self.is_allowed = deadline, is_allowed
+        # The socket; `sock` is None while the body of a response without a length is read.
+        self.wire: socket.socket | None = None
 
     def connect(self) -> None:
         found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
@@ -143,19 +149,16 @@ class _GuardedConnection(http.client.HTTPConnection):
             address = ipaddress.ip_address(str(place[0]).partition("%")[0])
             if not self.is_allowed(address):
                 raise UrlError("url_private_address", f"{self.host} is at {address}")
-        plain = self._connect_first(found)
+        self.sock = self.wire = self._connect_first(found)
         if self.tls:
             context = ssl.create_default_context()
-            self.sock = context.wrap_socket(plain, server_hostname=self.host)
-        else:
-            self.sock = plain
-        self.check_deadline()
+            self.sock = self.wire = context.wrap_socket(self.sock, server_hostname=self.host)
 
     def _connect_first(self, found: list[tuple]) -> socket.socket:
         failure: OSError = OSError("the host has no address")
         for family, kind, protocol, _, place in found:
             plain = socket.socket(family, kind, protocol)
-            plain.settimeout(self._seconds_left())
+            plain.settimeout(self.seconds_left())
             try:
                 plain.connect(place)
                 return plain
@@ -164,14 +167,15 @@ class _GuardedConnection(http.client.HTTPConnection):
                 failure = error
         raise failure
 
-    def check_deadline(self) -> None:
-        """Raise UrlError when time is up, else let the next read wait until then at most."""
-        seconds = self._seconds_left()
-        if self.sock is not None:
-            self.sock.settimeout(seconds)
-
-    def _seconds_left(self) -> float:
+    def seconds_left(self) -> float:
+        """Until the deadline. Raises UrlError when it has passed."""
         seconds = self.deadline - time.monotonic()
         if seconds <= 0:
             raise UrlError("url_failed", "timed out")
         return seconds
+
+    def cut(self) -> None:
+        """End whatever is being read or written, from another thread."""
+        with contextlib.suppress(OSError):
+            if self.wire is not None:
+                self.wire.shutdown(socket.SHUT_RDWR)

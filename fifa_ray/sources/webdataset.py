@@ -68,11 +68,12 @@ class WebDatasetSource:
         max_rows: int | None = None,
     ) -> None:
         self.folder, self.files, self.image_files = folder, files, image_files
+        self.files_identity = identity_of(folder, files)
         self.max_rows = max_rows
 
     def identity(self) -> list[Any]:
         """Format and what identifies the shards."""
-        return [self.format, *identity_of(self.folder, self.files)]
+        return [self.format, *self.files_identity]
 
     def chunks(self) -> list[SourceChunk]:
         """One chunk a shard. Only `max_rows` makes this look into shards, to count samples."""
