@@ -1,0 +1,68 @@
+"""The LLM judge: one protocol, in process or behind an endpoint (vLLM actors: `engine/judge.py`).
+
+`options` of the engines: transformers takes `adapter` (a PEFT folder, merged into the weights) and
+`pack_tokens` (tokens per forward pass); openai takes `extra_body` (further fields of each request).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fifa_ray.config import JudgeConfig
+from fifa_ray.scoring.quality import ParsedReply
+
+
+@dataclass(frozen=True)
+class JudgeReply(ParsedReply):
+    """One prompt's judgement, the columns of `schema.QUALITY`; `judge_reply` is what was read."""
+
+    judge_reply: str = ""
+
+
+class Judge(Protocol):
+    """Rates prompts. One unusable answer never costs the others theirs."""
+
+    def judge(self, prompts: Sequence[str]) -> list[JudgeReply]:
+        """One reply per prompt, in their order."""
+        ...
+
+    def info(self) -> dict[str, Any]:
+        """What the manifest keeps about the model and how it was asked; never a secret."""
+        ...
+
+
+def build_judge(config: JudgeConfig, device: str = "cpu") -> Judge:
+    """The judge of an engine that answers batches of prompts (`transformers` or `openai`).
+
+    Raises ValueError for `vllm`, whose actors Ray Data runs itself.
+    """
+    common: dict[str, Any] = {
+        "model": config.model,
+        "max_prompt_chars": config.max_prompt_chars,
+        "harmful_threshold": config.harmful_threshold,
+    }
+    if config.engine == "transformers":
+        from fifa_ray.models.judge_transformers import TransformersJudge
+
+        return TransformersJudge(
+            **common,
+            device=device,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            trust_remote_code=config.trust_remote_code,
+            **config.options,
+        )
+    if config.engine == "openai":
+        from fifa_ray.models.judge_openai import OpenAIJudge
+
+        return OpenAIJudge(
+            **common,
+            endpoint=config.endpoint or "",
+            api_key_env=config.api_key_env,
+            max_concurrency=config.max_concurrency,
+            requests_per_minute=config.requests_per_minute,
+            max_retries=config.max_retries,
+            timeout_seconds=config.timeout_seconds,
+            **config.options,
+        )
+    raise ValueError(f"engine {config.engine!r} runs as a Ray Data processor, see engine/judge.py")
