@@ -39,7 +39,7 @@ def agreement(tables: RunTables) -> Section:
         bins += [{"model": name} | row for row in agreement_bins(values)]
     if not rows:
         raise Absent("scored_sample/ has no reward margin.")
-    names = [row["model"] for row in rows]
+    names = [str(row["model"]) for row in rows]
     chart = charts.agreement_by_margin(bins, names)
     values_ = {"rows": rows, "bins": bins, "names": names, "correlation": _correlation(margins)}
     return Section(template="agreement.html.j2", values=values_, charts={"agreement": chart})

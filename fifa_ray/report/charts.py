@@ -58,7 +58,7 @@ _CONFIG = {
 @cache
 def javascript() -> str:
     """Vega, Vega-Lite and Vega-Embed with everything they need, as one script; no network."""
-    bundle: str = vl_convert.javascript_bundle()
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     # The script stands inside an HTML element, which this would end.
     return bundle.replace("</script", "<\\/script")
 
@@ -110,7 +110,7 @@ def histograms(
     )
     lines = (
         alt.Chart(alt.Data(values=[*rows, closing]))
-        .transform_fold(names[1:], as_=["set", "share"])
+        .transform_fold([*names[1:]], as_=["set", "share"])
         .transform_filter("indexof(shown, datum.set) >= 0")
         .mark_line(interpolate="step-after", strokeWidth=2)
         .encode(

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fifa_ray.report.formatting import NO_VALUE
 from fifa_ray.report.funnel import quarantine_counts
 from fifa_ray.report.section import Absent
 from fifa_ray.report.stages import ORDER, place_of_stage
@@ -69,7 +70,7 @@ def _stages(tables: RunTables) -> Table:
     done = set()
     for manifest in sorted(tables.manifests.values(), key=place_of_stage):
         done.add(manifest.stage.split("/")[0])
-        rate = f"{manifest.rows_in / manifest.seconds:,.0f}" if manifest.seconds else "–"
+        rate = f"{manifest.rows_in / manifest.seconds:,.0f}" if manifest.seconds else NO_VALUE
         counts = (manifest.rows_in, manifest.rows_out, manifest.rows_quarantined)
         _add(table, manifest.stage, *(f"{n:,}" for n in counts), f"{manifest.seconds:,.1f}", rate)
     if missing := [name for name in ORDER if name not in done]:
@@ -131,7 +132,7 @@ def _pairs_table(title: str, rows: pa.Table, tables: RunTables) -> Table:
         hidden = row[PROMPT_ID] in tables.harmful_ids
         text = HIDDEN_PROMPT if hidden else shorten(plain(row["prompt"]), PROMPT_CHARS)
         numbers = (row["importance_score"], *(row[column] for column in list(TERMS)[:3]))
-        _add(table, text, *("–" if value is None else f"{value:.3g}" for value in numbers))
+        _add(table, text, *(NO_VALUE if value is None else f"{value:.3g}" for value in numbers))
     return table
 
 

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from fifa_ray.config import ReportConfig
 from fifa_ray.report import agreement, charts, funnel, gallery, overview, prompts, stages, terms
+from fifa_ray.report.formatting import FILTERS
 from fifa_ray.report.section import Absent, Section
 from fifa_ray.report.tables import RunTables
 from fifa_ray.run_dir import RunDir
@@ -36,7 +37,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[RunTables], Section]], ...] = (
     (
         "scatter",
         "Reward margin against prompt quality",
-        "Margin × quality",
+        "Margin and quality",
         terms.margin_against_quality,
     ),
     ("map", "A map of the prompts", "Map", prompts.prompt_map),
@@ -133,51 +134,5 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "count": lambda value: f"{value:,}",
-        "number": format_number,
-        "percent": lambda value: "–" if value is None else f"{value:.1%}",
-        "seconds": format_seconds,
-        "fixed": lambda value, digits: (
-            "–" if value is None else f"{value:,.{digits}f}".replace("-", "−")
-        ),
-        "words": lambda name: name.replace("_", " "),
-        "signed": lambda value: "–" if value is None else f"{value:+.2f}".replace("-", "−"),
-        "proof_value": format_proof,
-        "combine": lambda first, second: {**first, **second},
-        "set_name": lambda name: SET_NAMES.get(name, name.replace("_", " ")),
-    }
+    environment.filters |= FILTERS
     return environment
-
-
-SET_NAMES = {"all": "all pairs", "fifa": "kept by fifa"}
-
-
-def format_number(value: Any, digits: int = 4) -> str:
-    """A number for reading: integers with separators, floats with `digits` significant ones."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}".replace("-", "−")
-    text = f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
-    return text.replace("-", "−")
-
-
-def format_proof(value: Any, unit: str | None) -> str:
-    """A value of the proof: a percentage where its unit is "share", else a number with its unit."""
-    if unit == "share" and isinstance(value, int | float):
-        return f"{value:.1%}"
-    return format_number(value) + (f" {unit}" if unit else "")
-
-
-def format_seconds(value: float | None) -> str:
-    """A duration for reading, e.g. 1 h 02 min, 3 min 05 s, 12.3 s."""
-    if value is None:
-        return "–"
-    if value < 60:
-        return f"{value:.1f} s"
-    minutes, seconds = divmod(round(value), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"

@@ -39,15 +39,13 @@ def distributions(tables: RunTables) -> Section:
         ]
         panels.append({"chart": name, "title": title, "outside": outside, "quantiles": quantiles})
     threshold = tables.details("selected").get("threshold")
-    values = {
+    shown = {
         "panels": panels,
         "sets": [name for name in sets if name != "all"],
         "num_sampled": len(sample),
         "threshold": threshold,
     }
-    return Section(
-        template="distributions.html.j2", values=values, charts=specs, notes=tuple(notes)
-    )
+    return Section(template="distributions.html.j2", values=shown, charts=specs, notes=tuple(notes))
 
 
 def margin_against_quality(tables: RunTables) -> Section:

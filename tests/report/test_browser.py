@@ -4,7 +4,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import parse
+from page_parser import parse
 from synthetic_run import HOSTILE_PROMPTS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

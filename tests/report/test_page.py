@@ -5,14 +5,13 @@ import hashlib
 import json
 
 import pytest
-from conftest import parse
+from page_parser import parse
 from synthetic_run import HARMFUL_PROMPT, HOSTILE_PROMPTS
 
 from fifa_ray.config import ReportConfig
+from fifa_ray.report.formatting import MINUS, NO_VALUE, format_number, format_seconds
 from fifa_ray.report.page import (
     SECTIONS,
-    format_number,
-    format_seconds,
     json_for_html,
     render_page,
     write_report,
@@ -202,7 +201,13 @@ def test_secrets_of_a_configuration_are_masked():
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(1234567, "1,234,567"), (-2, "−2"), (0.123456, "0.1235"), (123456.7, "123,457"), (None, "–")],
+    [
+        (1234567, "1,234,567"),
+        (-2, f"{MINUS}2"),
+        (0.123456, "0.1235"),
+        (123456.7, "123,457"),
+        (None, NO_VALUE),
+    ],
 )
 def test_numbers_are_shown_for_reading(value, shown):
     assert format_number(value) == shown

@@ -1,5 +1,6 @@
 """The numbers of the sections against the tables, computed another way."""
 
+import base64
 import io
 from collections import Counter
 
@@ -10,9 +11,11 @@ from PIL import Image
 from scipy import stats
 
 from fifa_ray import schema
-from fifa_ray.report import charts, gallery
-from fifa_ray.report.agreement import agreement_bins, wilson_interval
-from fifa_ray.report.prompts import project
+from fifa_ray.config import ReportConfig
+from fifa_ray.report import charts, funnel, gallery
+from fifa_ray.report.agreement import agreement, agreement_bins, wilson_interval
+from fifa_ray.report.formatting import MINUS
+from fifa_ray.report.prompts import project, prompt_map
 from fifa_ray.report.tables import RunTables
 
 
@@ -39,7 +42,7 @@ def test_funnel_counts_equal_the_tables(run, page):
         run.num_rows("selected"),
     ]
     lost = [
-        (e.attributes["data-lost"], -int(e.text.replace("−", "-").replace(",", "")))
+        (e.attributes["data-lost"], -int(e.text.replace(MINUS, "-").replace(",", "")))
         for e in page.find("span")
         if "data-lost" in e.attributes
     ]
@@ -52,10 +55,9 @@ def test_funnel_counts_equal_the_tables(run, page):
 
 
 def test_a_manifest_that_disagrees_with_its_quarantine_is_said(run_copy):
-    from fifa_ray.report.funnel import build
 
     run_copy.remove("quarantine", "rewards", "hpsv2")
-    notes = build(RunTables(run_copy)).notes
+    notes = funnel.build(RunTables(run_copy)).notes
     assert any("manifest of rewards/hpsv2" in note for note in notes)
 
 
@@ -129,14 +131,10 @@ def test_the_map_of_very_few_prompts_is_finite(rows):
 
 
 def test_map_shows_all_kept_prompts_before_others(run):
-    import json
-
-    from fifa_ray.config import ReportConfig
-    from fifa_ray.report.prompts import prompt_map
 
     tables = RunTables(run, ReportConfig(map_points=350))
     section = prompt_map(tables)
-    points = json.loads(json.dumps(section.charts["prompt-map"]))["data"]["values"]
+    points = section.charts["prompt-map"]["data"]["values"]
     assert len(points) == 350
     assert sum(p["kept"] for p in points) == len(tables.selected_prompt_ids)
     # With less room than kept prompts, a third is left for the others.
@@ -150,7 +148,6 @@ def test_thumbnails_are_small_upright_and_without_metadata():
     exif[0x010E] = "secret place"
     stream = io.BytesIO()
     Image.new("RGB", (800, 400), (200, 10, 10)).save(stream, "JPEG", exif=exif)
-    import base64
 
     uri = gallery.thumbnail(stream.getvalue())
     encoded = base64.b64decode(uri.removeprefix("data:image/webp;base64,"))
@@ -174,7 +171,6 @@ def test_images_that_cannot_be_decoded_have_no_thumbnail(monkeypatch):
 
 
 def test_correlation_of_the_models_is_pearsons(run):
-    from fifa_ray.report.agreement import agreement
 
     section = agreement(RunTables(run))
     sample = run.read_table("scored_sample")
@@ -187,7 +183,6 @@ def test_correlation_of_the_models_is_pearsons(run):
 
 
 def test_a_model_that_scored_nothing_is_left_out(run_copy):
-    from fifa_ray.report.agreement import agreement
 
     sample = run_copy.read_table("scored_sample")
     empty = pa.nulls(len(sample), pa.float32())
