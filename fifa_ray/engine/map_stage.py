@@ -65,10 +65,12 @@ def run_map_stage(
     config: dict[str, Any],
     max_quarantine_fraction: float,
     details: Callable[[], dict[str, Any]] = dict,
+    before_align: Callable[[RunDir], None] | None = None,
 ) -> Manifest:
     """Run a stage, or the rest of it, and publish it; at once if it is complete already.
 
     `transform` gets a dataset with the input columns and returns one with the partial schema's.
+    `before_align` is called with the folder of partial files when every key is answered.
     Raises RuntimeError when more rows are quarantined than allowed, or when keys went missing.
     """
     found = run.manifest(stage.name)
@@ -86,6 +88,8 @@ def run_map_stage(
         )
     if len(done) < total:
         _execute(run, stage, partial, transform, done, total)
+    if before_align is not None:
+        before_align(partial)
     counts = _align(run, stage, partial)
     manifest = Manifest(
         stage=stage.name,
@@ -227,7 +231,7 @@ def _done_keys(run: RunDir, stage: MapStage, partial: RunDir) -> np.ndarray:
 def _done_keys_of_part(
     run: RunDir, stage: MapStage, partial: RunDir, names: list[str], part: str
 ) -> np.ndarray:
-    inputs, answers = _part_and_answers(run, stage, partial, names, part)
+    inputs, answers = part_and_answers(run, stage, partial, names, part)
     answered = answers.column(stage.key).to_numpy()
     if stage.answered_keys is not None:
         answered = stage.answered_keys(answers)
@@ -235,9 +239,10 @@ def _done_keys_of_part(
     return keys[np.isin(keys, answered)]
 
 
-def _part_and_answers(
+def part_and_answers(
     run: RunDir, stage: MapStage, partial: RunDir, names: list[str], part: str
 ) -> tuple[pa.Table, pa.Table]:
+    """The rows of one input part and all partial rows of their keys, from the files `names`."""
     inputs = run.read_table(stage.input_table, part)
     if not len(inputs):
         return inputs, stage.partial_schema.empty_table()
@@ -264,7 +269,7 @@ def _align(run: RunDir, stage: MapStage, partial: RunDir) -> dict[str, int]:
 def _align_part(
     run: RunDir, stage: MapStage, partial: RunDir, names: list[str], part: str
 ) -> dict[str, int]:
-    inputs, answers = _part_and_answers(run, stage, partial, names, part)
+    inputs, answers = part_and_answers(run, stage, partial, names, part)
     out, bad = stage.assemble(inputs, answers)
     if len(out) + len(bad) != len(inputs):
         raise RuntimeError(

@@ -9,9 +9,10 @@ image ever enters the object store.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +24,14 @@ from fifa_ray import schema
 from fifa_ray.config import FifaConfig, ImagesConfig, RewardConfig
 from fifa_ray.engine.cluster import actor_pool, gpus_per_actor
 from fifa_ray.engine.map_stage import (
+    Assemble,
     MapStage,
     first_by_key,
     partial_folder,
     quarantine_rows,
     run_map_stage,
 )
-from fifa_ray.models.reward import build_image_transform, build_reward_model
+from fifa_ray.models.reward import ImageTransform, build_image_transform, build_reward_model
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint
 from fifa_ray.sources import Source, open_source
 from fifa_ray.sources.images import BadImage, decode_image
@@ -37,14 +39,18 @@ from fifa_ray.sources.images import BadImage, decode_image
 # Pairs per work item, rounded up to whole row groups of the source.
 PAIRS_PER_ITEM = 512
 
-PARTIAL = pa.schema(
-    [
-        pa.field(schema.PAIR_ID, pa.int64()),
-        pa.field("is_chosen", pa.bool_()),
-        pa.field("reward", pa.float32()),
-        pa.field("error", pa.string()),
-    ]
-)
+
+def partial_schema(value: pa.DataType) -> pa.Schema:
+    """One row for each side of a pair: what the model says of its image, or why it cannot."""
+    return pa.schema(
+        [
+            pa.field(schema.PAIR_ID, pa.int64()),
+            pa.field("is_chosen", pa.bool_()),
+            pa.field("value", value),
+            pa.field("error", pa.string()),
+        ]
+    )
+
 
 INPUT_COLUMNS = (
     schema.PAIR_ID,
@@ -76,19 +82,39 @@ def run_rewards(run: RunDir, config: FifaConfig) -> list[Manifest]:
 
 def run_reward(run: RunDir, config: FifaConfig, reward: RewardConfig) -> Manifest:
     """Score all pairs with one reward model."""
+    stage = reward_stage(
+        run, config, reward, value=pa.float32(), assemble=AssembleRewards(f"rewards/{reward.name}")
+    )
+    image_transform = build_image_transform(reward.kind, reward.weights, options=reward.options)
+    model = partial(
+        build_reward_model,
+        reward.kind,
+        reward.weights,
+        dtype=reward.dtype,
+        batch_size=reward.batch_size,
+        trust_remote_code=reward.trust_remote_code,
+        options=reward.options,
+    )
+    return run_reward_stage(run, config, reward, stage, image_transform, model)
+
+
+def reward_stage(
+    run: RunDir, config: FifaConfig, reward: RewardConfig, *, value: pa.DataType, assemble: Assemble
+) -> MapStage:
+    """The stage rewards/<name>/ whose model gives a value of this type for each image."""
     pairs = run.manifest("pairs")
     if pairs is None:
         raise ValueError(f"{run.uri} has no complete pairs/ table; run the ingest stage first")
     name = f"rewards/{reward.name}"
     settings = reward.model_dump(mode="json", exclude={"actors", "batch_size", "vote_weight"})
-    stage = MapStage(
+    return MapStage(
         name=name,
         fingerprint=fingerprint(name, pairs.fingerprint, settings, config.images.model_dump()),
         input_table="pairs",
         key=schema.PAIR_ID,
         input_columns=INPUT_COLUMNS,
-        partial_schema=PARTIAL,
-        assemble=AssembleRewards(name),
+        partial_schema=partial_schema(value),
+        assemble=assemble,
         rows_per_item=PAIRS_PER_ITEM,
         rows_per_key=2,
         boundary="source_group",
@@ -96,17 +122,35 @@ def run_reward(run: RunDir, config: FifaConfig, reward: RewardConfig) -> Manifes
         # The same batches again after a crash: the last bits of a reward depend on its batch.
         whole_items=True,
     )
+
+
+def run_reward_stage(
+    run: RunDir,
+    config: FifaConfig,
+    reward: RewardConfig,
+    stage: MapStage,
+    image_transform: ImageTransform,
+    load_model: "LoadModel",
+    *,
+    before_align: Callable[[RunDir], None] | None = None,
+    details: Callable[[], dict[str, Any]] = dict,
+) -> Manifest:
+    """The streaming pass over the images of a stage that `reward_stage` made."""
     pool: dict[str, Any] = {}
     info = partial_folder(run, stage)
 
     def transform(items: "ray.data.Dataset") -> "ray.data.Dataset":
-        loader = LoadImages(
-            open_source(config.ingest, config.images), config.images, reward, share_prompts(run)
-        )
+        source = open_source(config.ingest, config.images)
+        loader = LoadImages(source, config.images, image_transform, share_prompts(run))
         pool.update(actor_pool(reward.actors))
-        gpus = gpus_per_actor(reward.actors)
-        device = "cuda" if gpus else "cpu"
-        return score_dataset(items, loader, reward, device, info, pool)
+        scorer = {
+            "load_model": load_model,
+            "value": stage.partial_schema.field("value").type,
+            "device": "cuda" if gpus_per_actor(reward.actors) else "cpu",
+            "num_threads": max(1, int(reward.actors.num_cpus)),
+            "info": info,
+        }
+        return score_dataset(items, loader, scorer, max(reward.batch_size, 64), pool)
 
     return run_map_stage(
         run,
@@ -114,24 +158,26 @@ def run_reward(run: RunDir, config: FifaConfig, reward: RewardConfig) -> Manifes
         transform,
         config=reward.model_dump(mode="json"),
         max_quarantine_fraction=config.max_quarantine_fraction,
-        details=lambda: _details(info, reward, pool),
+        details=lambda: _details(info, reward, pool) | details(),
+        before_align=before_align,
     )
 
 
 def score_dataset(
     items: "ray.data.Dataset",
     loader: "LoadImages",
-    reward: RewardConfig,
-    device: str,
-    info: RunDir,
+    scorer: dict[str, Any],
+    batch_size: int,
     pool: dict[str, Any],
 ) -> "ray.data.Dataset":
-    """Pairs in, `PARTIAL` rows out; decoding is fused with scoring where there is no GPU to feed."""
-    arguments = {"reward": reward, "device": device, "info": info}
-    if device == "cpu":
+    """Pairs in, partial rows out; decoding is fused with scoring unless there is a GPU to feed.
+
+    `scorer`: arguments of `Scorer`. batch_size: images that reach a GPU's scorer at once.
+    """
+    if scorer["device"] == "cpu":
         return items.map_batches(
             LoadAndScore,
-            fn_constructor_kwargs=arguments | {"loader": loader},
+            fn_constructor_kwargs=scorer | {"loader": loader},
             batch_size=None,
             batch_format="pyarrow",
             **pool,
@@ -140,8 +186,8 @@ def score_dataset(
         loader.as_columns, batch_size=None, batch_format="pyarrow", num_cpus=1
     ).map_batches(
         ScoreColumns,
-        fn_constructor_kwargs=arguments,
-        batch_size=max(reward.batch_size, 64),
+        fn_constructor_kwargs=scorer,
+        batch_size=batch_size,
         batch_format="numpy",
         **pool,
     )
@@ -242,10 +288,14 @@ class LoadImages:
     """Pairs -> decoded, resized images with their prompts. Picklable; loads no weights."""
 
     def __init__(
-        self, source: Source, images: ImagesConfig, reward: RewardConfig, prompts: PromptTexts
+        self,
+        source: Source,
+        images: ImagesConfig,
+        transform: ImageTransform,
+        prompts: PromptTexts,
     ) -> None:
         self.source, self.images, self.prompts = source, images, prompts
-        self.transform = build_image_transform(reward.kind, reward.weights, options=reward.options)
+        self.transform = transform
 
     def __call__(self, pairs: pa.Table) -> Iterator[ImageBatch]:
         """Batches in the order in which the source reads its images."""
@@ -311,27 +361,62 @@ def _same_shape(images: list[np.ndarray]) -> bool:
     return all(image.shape == images[0].shape for image in images)
 
 
-class Scorer:
-    """A reward model in an actor: batches in, partial rows out."""
+class ModelInfo(Protocol):
+    """What a manifest says of a model."""
 
-    def __init__(self, reward: RewardConfig, device: str, info: RunDir) -> None:
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready values."""
+        ...
+
+
+class PairModel(Protocol):
+    """Anything that gives an (image, prompt) a number or a row of them; a `RewardModel` is one."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """Goes into the manifest."""
+        ...
+
+    def score(
+        self,
+        images: Sequence[np.ndarray],
+        prompts: Sequence[str],
+        image_index: np.ndarray,
+        prompt_index: np.ndarray,
+    ) -> np.ndarray:
+        """float32 (S,) or (S, F), see `RewardModel.score`."""
+        ...
+
+
+class LoadModel(Protocol):
+    """Builds the model inside an actor; picklable."""
+
+    def __call__(self, *, device: str) -> PairModel:
+        """On "cpu" or "cuda"."""
+        ...
+
+
+class Scorer:
+    """A model in an actor: batches in, partial rows out."""
+
+    def __init__(
+        self,
+        load_model: LoadModel,
+        value: pa.DataType,
+        device: str,
+        num_threads: int,
+        info: RunDir,
+    ) -> None:
         import torch
 
         if device == "cpu":
-            torch.set_num_threads(max(1, int(reward.actors.num_cpus)))
-        self.model = build_reward_model(
-            reward.kind,
-            reward.weights,
-            device=device,
-            dtype=reward.dtype,
-            batch_size=reward.batch_size,
-            trust_remote_code=reward.trust_remote_code,
-            options=reward.options,
-        )
+            torch.set_num_threads(num_threads)
+        self.value = value
+        self.model = load_model(device=device)
         info.write_text(json.dumps(self.model.info.as_dict(), default=str), "model.json")
 
     def score(self, images: list[np.ndarray], prompts: list[str]) -> np.ndarray:
-        """float32 (S,) reward of each image for its prompt, each distinct one encoded once."""
+        """float32 (S,) or (S, F) of each image for its prompt, each distinct one encoded once."""
         distinct_prompts, prompt_index = np.unique(np.array(prompts, object), return_inverse=True)
         at: dict[int, int] = {}
         image_index = np.array([at.setdefault(id(image), len(at)) for image in images])
@@ -341,20 +426,19 @@ class Scorer:
         )
 
 
-class LoadAndScore:
+class LoadAndScore(Scorer):
     """Decode and score in one CPU actor."""
 
-    def __init__(self, loader: LoadImages, reward: RewardConfig, device: str, info: RunDir) -> None:
-        self.loader, self.scorer = loader, Scorer(reward, device, info)
+    def __init__(self, loader: LoadImages, **scorer: Any) -> None:
+        super().__init__(**scorer)
+        self.loader = loader
 
     def __call__(self, pairs: pa.Table) -> Iterator[pa.Table]:
         for batch in self.loader(pairs):
-            rewards = np.empty(0, np.float32)
-            if batch.images:
-                rewards = self.scorer.score(batch.images, batch.prompts)
+            values = self.score(batch.images, batch.prompts) if batch.images else np.empty(0)
             errors = [""] * len(batch.images) + [reason for reason, _ in batch.errors]
             sides = batch.sides + [sides for _, sides in batch.errors]
-            yield partial_rows(rewards, errors, sides)
+            yield partial_rows(values, errors, sides, self.value)
 
 
 class ScoreColumns(Scorer):
@@ -364,28 +448,28 @@ class ScoreColumns(Scorer):
         """One block of images to its partial rows."""
         good = [i for i, error in enumerate(columns["error"]) if not error]
         bad = [i for i, error in enumerate(columns["error"]) if error]
-        rewards = np.empty(0, np.float32)
+        values = np.empty(0)
         if good:
             images = [columns["image"][i] for i in good]
-            rewards = self.score(images, [columns["prompt"][i] for i in good])
+            values = self.score(images, [columns["prompt"][i] for i in good])
         errors = [columns["error"][i] for i in good + bad]
         sides = [json.loads(columns["sides"][i]) for i in good + bad]
-        return partial_rows(rewards, errors, sides)
+        return partial_rows(values, errors, sides, self.value)
 
 
 def partial_rows(
-    rewards: np.ndarray, errors: list[str], sides: list[list[tuple[int, bool]]]
+    values: np.ndarray,
+    errors: list[str],
+    sides: list[list[tuple[int, bool]]],
+    value: pa.DataType,
 ) -> pa.Table:
-    """One row for each side of a pair; rewards are those of the rows whose error is empty.
+    """One row for each side of a pair; values are those of the rows whose error is empty.
 
-    A reward that is not finite becomes the error `nan_reward`.
+    A value that is not finite becomes the error `nan_reward`.
     """
-    values = np.full(len(errors), np.nan, np.float32)
-    values[: len(rewards)] = rewards
-    reasons = [
-        error or (None if np.isfinite(value) else "nan_reward")
-        for error, value in zip(errors, values, strict=True)
-    ]
+    finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+    reasons = [None if ok else "nan_reward" for ok in finite] + errors[len(values) :]
+    column = pa.array([*values, *[None] * (len(errors) - len(values))], value)
     counts = [len(of_request) for of_request in sides]
     flat = [side for of_request in sides for side in of_request]
     repeat = np.repeat(np.arange(len(errors)), counts)
@@ -393,10 +477,10 @@ def partial_rows(
         {
             schema.PAIR_ID: pa.array([pair for pair, _ in flat], pa.int64()),
             "is_chosen": pa.array([bool(chosen) for _, chosen in flat], pa.bool_()),
-            "reward": pa.array(values[repeat], pa.float32()),
+            "value": column.take(pa.array(repeat)),
             "error": pa.array([reasons[i] for i in repeat], pa.string()),
         },
-        schema=PARTIAL,
+        schema=partial_schema(value),
     )
 
 
@@ -427,7 +511,7 @@ class AssembleRewards:
                 )
         reasons = pc.coalesce(chosen.column("error"), rejected.column("error"))
         bad = pc.is_valid(reasons)
-        reward_chosen, reward_rejected = chosen.column("reward"), rejected.column("reward")
+        reward_chosen, reward_rejected = chosen.column("value"), rejected.column("value")
         rewards = pa.table(
             [
                 pairs.column(schema.PAIR_ID),
