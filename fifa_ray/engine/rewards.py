@@ -99,14 +99,23 @@ def run_reward(run: RunDir, config: FifaConfig, reward: RewardConfig) -> Manifes
 
 
 def reward_stage(
-    run: RunDir, config: FifaConfig, reward: RewardConfig, *, value: pa.DataType, assemble: Assemble
+    run: RunDir,
+    config: FifaConfig,
+    reward: RewardConfig,
+    *,
+    value: pa.DataType,
+    assemble: Assemble,
+    **settings: Any,
 ) -> MapStage:
-    """The stage rewards/<name>/ whose model gives a value of this type for each image."""
+    """The stage rewards/<name>/ whose model gives a value of this type for each image.
+
+    `settings`: JSON-like values besides those of `reward` that the rewards depend on.
+    """
     pairs = run.manifest("pairs")
     if pairs is None:
         raise ValueError(f"{run.uri} has no complete pairs/ table; run the ingest stage first")
     name = f"rewards/{reward.name}"
-    settings = reward.model_dump(mode="json", exclude={"actors", "batch_size", "vote_weight"})
+    settings |= reward.model_dump(mode="json", exclude={"actors", "batch_size", "vote_weight"})
     return MapStage(
         name=name,
         fingerprint=fingerprint(name, pairs.fingerprint, settings, config.images.model_dump()),
@@ -354,7 +363,11 @@ class LoadImages:
     def _decode(self, data: bytes | None, error: str | None) -> np.ndarray:
         if data is None or error:
             raise BadImage(error or "missing_image", "")
-        return self.transform(decode_image(data, self.images.max_pixels))
+        decoded = decode_image(data, self.images.max_pixels)
+        try:
+            return self.transform(decoded)
+        except ValueError as error:  # a shape that this model's authors refuse, too
+            raise BadImage("unsuitable_image", str(error)) from error
 
 
 def _same_shape(images: list[np.ndarray]) -> bool:

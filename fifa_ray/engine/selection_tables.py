@@ -4,13 +4,15 @@
 source's own bytes. Only the row groups of the chosen pairs are read again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 import ray
 
 from fifa_ray import schema
@@ -42,41 +44,112 @@ def write_selection(
     accumulators in `select`. Returns the sets' measures for the manifest.
     """
     kept = sets[config.select.strategy]
-    source = open_source(config.ingest, config.images) if config.select.images else None
-    refs = [
-        _write_selected_part.remote(
-            run,
-            config,
-            source,
-            {name: values[start : start + PAIRS_PER_PART] for name, values in kept.items()},
-            start,
-        )
-        for start in range(0, len(kept["pair_id"]), PAIRS_PER_PART)
-    ]
-    groups = {name: columns for name, columns in extras.items() if name != "sample"}
-    if source is not None:
-        refs.append(_write_gallery.remote(run, config, source, groups))
+    groups = {
+        name: columns
+        for name, columns in extras.items()
+        if name != "sample" and columns and len(columns["pair_id"])
+    }
+    lookup = look_up_pairs(run, [*sets.values(), *groups.values()])
+    selected = describe_pairs(kept, lookup)
+    rows = lookup.rows_of(kept["pair_id"])
+    if config.select.images:
+        source = ray.put(open_source(config.ingest, config.images))
+        refs = [
+            _write_selected_part.remote(
+                run,
+                config,
+                source,
+                selected.slice(start, PAIRS_PER_PART),
+                rows.slice(start, PAIRS_PER_PART),
+                part_name(start // PAIRS_PER_PART),
+            )
+            for start in range(0, len(selected), PAIRS_PER_PART)
+        ]
+        galleries = {
+            name: (describe_pairs(columns, lookup), lookup.rows_of(columns["pair_id"]))
+            for name, columns in groups.items()
+        }
+        refs.append(_write_gallery.remote(run, source, galleries))
+        ray.get(refs)
+    else:
+        _write_selected(run, config, selected, rows, part_name(0))
     for strategy, columns in sets.items():
         if strategy != config.select.strategy:
-            run.write_table(describe_pairs(run, columns), "baselines", strategy, part_name(0))
+            table = describe_pairs(columns, lookup)
+            run.write_table(table, "baselines", strategy, part_name(0))
     run.write_table(_sample_table(extras["sample"], kept), "scored_sample", part_name(0))
-    ray.get(refs)
-    ids = run.read_table(
-        "selected", columns=["rank", "pair_id", "source_id", "source_file", "source_row"]
-    )
-    run.write_table(ids, "selected_ids", part_name(0))
+    ids = ["rank", "pair_id", "source_id", "source_file", "source_row"]
+    run.write_table(selected.select(ids), "selected_ids", part_name(0))
     return {"sets": {name: _measure(run, config, columns, kept) for name, columns in sets.items()}}
 
 
-def describe_pairs(run: RunDir, columns: Columns, first_rank: int = 1) -> pa.Table:
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of pairs/ and texts of prompts/ that are needed, sorted by their ids."""
+
+    pairs: pa.Table
+    prompts: pa.Table
+
+    def rows_of(self, pair_ids: np.ndarray) -> pa.Table:
+        """Rows of pairs/, in the order of these ids."""
+        return self.pairs.take(_positions(self.pairs.column("pair_id").to_numpy(), pair_ids))
+
+    def texts_of(self, prompt_ids: np.ndarray) -> pa.ChunkedArray:
+        """Prompts, in the order of these ids."""
+        at = _positions(self.prompts.column("prompt_id").to_numpy(), prompt_ids)
+        return self.prompts.column("prompt").take(at)
+
+
+def _positions(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    return np.searchsorted(known, wanted)
+
+
+def look_up_pairs(run: RunDir, chosen: Sequence[Columns]) -> Lookup:
+    """Read what is needed of pairs/ and prompts/ once, and only the row groups that hold it."""
+    part = np.concatenate([columns["part"] for columns in chosen])
+    row = np.concatenate([columns["row"] for columns in chosen])
+    refs = [
+        _take_rows.remote(run, part_name(int(index)), np.unique(row[part == index]))
+        for index in np.unique(part)
+    ]
+    prompt_ids = np.unique(np.concatenate([columns["prompt_id"] for columns in chosen]))
+    prompts = _rows_with_ids(run, "prompts", ["prompt_id", "prompt"], prompt_ids)
+    pairs = pa.concat_tables(ray.get(refs)).unify_dictionaries().combine_chunks()
+    return Lookup(pairs.sort_by("pair_id"), prompts)
+
+
+@ray.remote(num_cpus=1)
+def _take_rows(run: RunDir, part: str, rows: np.ndarray) -> pa.Table:
+    file = pq.ParquetFile(run.filesystem.open_input_file(run.path("pairs", part)))
+    lengths = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    ends = np.cumsum(lengths)
+    group = np.searchsorted(ends, rows, side="right")
+    tables = [
+        file.read_row_group(int(index)).take(rows[group == index] - (ends - lengths)[index])
+        for index in np.unique(group)
+    ]
+    return pa.concat_tables(tables)
+
+
+def _rows_with_ids(run: RunDir, table: str, columns: list[str], prompt_ids: np.ndarray) -> pa.Table:
+    """Rows of a table by prompt_id, sorted by it; row groups that hold none are not read."""
+    dataset = pads.dataset(
+        [run.path(table, name) for name in run.list(table)],
+        filesystem=run.filesystem,
+        format="parquet",
+    )
+    wanted = pads.field("prompt_id").isin(pa.array(prompt_ids))
+    return dataset.to_table(columns=columns, filter=wanted).combine_chunks().sort_by("prompt_id")
+
+
+def describe_pairs(columns: Columns, lookup: Lookup) -> pa.Table:
     """Chosen pairs as a table of schema.SELECTED_TERMS, plus a margin column per reward model."""
-    rows = _pair_rows(run, columns)
-    prompts = _prompt_texts(run, columns["prompt_id"])
+    rows = lookup.rows_of(columns["pair_id"])
     found: dict[str, Any] = {
         "pair_id": columns["pair_id"],
         "prompt_id": columns["prompt_id"],
-        "prompt": prompts,
-        "rank": np.arange(first_rank, first_rank + len(columns["pair_id"])),
+        "prompt": lookup.texts_of(columns["prompt_id"]),
+        "rank": np.arange(1, len(rows) + 1),
         "importance_score": columns["score"],
         "reward_margin": columns["reward_margin"],
         "prompt_quality": pa.array(columns["prompt_quality"], from_pandas=True),
@@ -100,64 +173,37 @@ def _as_type(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
     return array.cast(kind)
 
 
-def _pair_rows(run: RunDir, columns: Columns) -> pa.Table:
-    """Rows of pairs/ in the order of the columns `part` and `row`."""
-    tables, places = [], []
-    for part in np.unique(columns["part"]):
-        mine = np.flatnonzero(columns["part"] == part)
-        table = run.read_table("pairs", part_name(int(part)))
-        tables.append(table.take(columns["row"][mine]))
-        places.append(mine)
-    if not tables:
-        return schema.PAIRS.empty_table()
-    order = np.argsort(np.concatenate(places), kind="stable")
-    return pa.concat_tables(tables).unify_dictionaries().take(order)
-
-
-def _prompt_texts(run: RunDir, prompt_ids: np.ndarray) -> pa.Array:
-    """Texts of these prompts, reading only the parts and row groups that may hold them."""
-    wanted = pa.array(np.unique(prompt_ids))
-    dataset = pads.dataset(
-        [run.path("prompts", name) for name in run.list("prompts")],
-        filesystem=run.filesystem,
-        format="parquet",
-    )
-    table = dataset.to_table(
-        columns=["prompt_id", "prompt"], filter=pads.field("prompt_id").isin(wanted)
-    ).sort_by("prompt_id")
-    at = np.searchsorted(table.column("prompt_id").to_numpy(), prompt_ids)
-    return table.column("prompt").take(at).combine_chunks()
-
-
 @ray.remote(num_cpus=1)
 def _write_selected_part(
-    run: RunDir, config: FifaConfig, source: Source | None, columns: Columns, start: int
+    run: RunDir, config: FifaConfig, source: Source, table: pa.Table, rows: pa.Table, part: str
 ) -> None:
-    table = describe_pairs(run, columns, first_rank=start + 1)
-    rows = _pair_rows(run, columns)
-    if source is not None:
-        for side in ("chosen", "rejected"):
-            table = table.append_column(f"{side}_image", _images(source, rows, side))
+    _write_selected(run, config, _with_images(table, rows, source), rows, part)
+
+
+def _write_selected(
+    run: RunDir, config: FifaConfig, table: pa.Table, rows: pa.Table, part: str
+) -> None:
     if config.select.column_names == "pickapic":
         table = with_pickapic_columns(table, rows)
-    run.write_table(table, "selected", part_name(start // PAIRS_PER_PART), row_group_size=50)
+    run.write_table(table, "selected", part, row_group_size=50 if config.select.images else None)
 
 
 @ray.remote(num_cpus=1)
 def _write_gallery(
-    run: RunDir, config: FifaConfig, source: Source, groups: Mapping[str, Columns]
+    run: RunDir, source: Source, galleries: Mapping[str, tuple[pa.Table, pa.Table]]
 ) -> None:
-    tables = []
-    for name, columns in groups.items():
-        if not columns or not len(columns["pair_id"]):
-            continue
-        table = describe_pairs(run, columns)
-        rows = _pair_rows(run, columns)
-        for side in ("chosen", "rejected"):
-            table = table.append_column(f"{side}_image", _images(source, rows, side))
-        tables.append(table.add_column(0, "group", pa.array([name] * len(table))))
+    tables = [
+        _with_images(table, rows, source).add_column(0, "group", pa.array([name] * len(table)))
+        for name, (table, rows) in galleries.items()
+    ]
     if tables:
         run.write_table(pa.concat_tables(tables), "gallery", part_name(0))
+
+
+def _with_images(table: pa.Table, rows: pa.Table, source: Source) -> pa.Table:
+    for side in ("chosen", "rejected"):
+        table = table.append_column(f"{side}_image", _images(source, rows, side))
+    return table
 
 
 def _images(source: Source, rows: pa.Table, side: str) -> pa.Array:
@@ -264,12 +310,6 @@ def set_entropy(run: RunDir, prompt_ids: np.ndarray, num_neighbors: int, seed: i
 
 def read_embeddings(run: RunDir, prompt_ids: np.ndarray) -> np.ndarray:
     """float32 (N, D) embeddings of these distinct prompts, in their order."""
-    dataset = pads.dataset(
-        [run.path("embeddings", name) for name in run.list("embeddings")],
-        filesystem=run.filesystem,
-        format="parquet",
-    )
-    wanted = pads.field("prompt_id").isin(pa.array(np.sort(prompt_ids)))
-    table = dataset.to_table(filter=wanted).sort_by("prompt_id")
-    at = np.searchsorted(table.column("prompt_id").to_numpy(), prompt_ids)
+    table = _rows_with_ids(run, "embeddings", ["prompt_id", "embedding"], np.sort(prompt_ids))
+    at = _positions(table.column("prompt_id").to_numpy(), prompt_ids)
     return schema.embedding_matrix(table)[at]

@@ -1,0 +1,27 @@
+"""Every speed and memory claim of this project, one command each.
+
+    python -m jobs.benchmark select           # (c) 10M pairs against polars in memory
+    python -m jobs.benchmark score            # (a) the scoring pass against a bare loop
+    python -m jobs.benchmark memory           # (d) peak memory while streaming images
+    python -m jobs.benchmark neighbors        # (b) the k-NN self-join against FAISS
+
+Each prints the machine, the versions, medians with their spread, and ratios from the same run:
+absolute figures of a shared machine say little.
+"""
+
+import click
+
+from jobs.benchmarks.select import select
+
+GROUP_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+
+
+@click.group(context_settings=GROUP_SETTINGS)
+def main() -> None:
+    """Measure one part of fifa-ray."""
+
+
+main.add_command(select)
+
+if __name__ == "__main__":
+    main()
