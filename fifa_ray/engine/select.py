@@ -19,12 +19,12 @@ from fifa_ray.engine import selection_tables
 from fifa_ray.engine.greedy import choose_greedily
 from fifa_ray.engine.strategies import (
     Population,
+    Scoring,
     Statistics,
     candidates,
     margin_needs_a_pass,
     margin_values,
     population_of,
-    score_terms,
     uniform_hash,
 )
 from fifa_ray.engine.terms import DROP_REASONS, PromptTerms, Terms, read_prompt_terms, read_terms
@@ -35,7 +35,6 @@ from fifa_ray.scoring.moments import Moments
 logger = logging.getLogger(__name__)
 
 SAMPLE_PAIRS = 20_000
-GALLERY_GROUPS = ("best", "just_missed", "worst", "disagrees")
 
 
 def run_select(run: RunDir, config: FifaConfig) -> Manifest:
@@ -51,7 +50,7 @@ def run_select(run: RunDir, config: FifaConfig) -> Manifest:
         config.select.model_dump(mode="json"),
         [reward.vote_weight for reward in config.rewards],
         config.seed,
-        config.report.gallery_size,
+        config.report.model_dump(include={"enabled", "gallery_size"}),
     )
     found = run.manifest("selected")
     if found is not None and found.fingerprint == stage_fingerprint:
@@ -247,11 +246,13 @@ def _accumulators(config: FifaConfig, strategies: Sequence[Strategy]) -> dict[st
         name: TopK(size, max_pairs_per_prompt=select.max_pairs_per_prompt)
         for name, size in sizes.items()
     }
-    return tops | {
-        "worst": TopK(gallery),
-        "disagrees": TopK(gallery),
-        "sample": TopK(SAMPLE_PAIRS),
-    }
+    if config.report.enabled:
+        tops |= {
+            "worst": TopK(gallery),
+            "disagrees": TopK(gallery),
+            "sample": TopK(SAMPLE_PAIRS),
+        }
+    return tops
 
 
 @ray.remote(num_cpus=1)
@@ -268,36 +269,33 @@ def _rank_part(
     part_index = int(part.removesuffix(".parquet").rpartition("-")[2])
     for strategy in strategies:
         population = population_of(strategy)
+        scoring = Scoring(strategy, populations[population], config)
         rows = np.flatnonzero(candidates(terms, population))
         chosen = terms.where(rows)
-        scores = score_terms(chosen, populations[population], config, strategy)
-        _push(tops[strategy], scores["importance_score"], chosen, part_index, rows, scores)
-        if strategy == config.select.strategy:
-            _push(tops["worst"], -scores["importance_score"], chosen, part_index, rows, scores)
-    scored = np.flatnonzero(candidates(terms, "scored"))
-    of_scored = terms.where(scored)
-    main = config.select.strategy
-    scores = score_terms(of_scored, populations[population_of(main)], config, main)
-    first = of_scored.margins[config.rewards[0].name]
-    _push(tops["disagrees"], -first.astype(np.float64), of_scored, part_index, scored, scores)
-    sample_key = uniform_hash(of_scored.pair_id, config.seed + 1)
-    _push(tops["sample"], sample_key, of_scored, part_index, scored, scores)
+        score = scoring.importance(chosen)
+        _offer(tops[strategy], score, chosen, rows, part_index, scoring)
+        if strategy == config.select.strategy and config.report.enabled:
+            _offer(tops["worst"], -score, chosen, rows, part_index, scoring)
+    rows = np.flatnonzero(candidates(terms, "scored"))
+    scored = terms.where(rows)
+    if config.report.enabled:
+        main = config.select.strategy
+        scoring = Scoring(main, populations[population_of(main)], config)
+        first = scored.margins[config.rewards[0].name].astype(np.float64)
+        _offer(tops["disagrees"], -first, scored, rows, part_index, scoring)
+        draw = uniform_hash(scored.pair_id, config.seed + 1)
+        _offer(tops["sample"], draw, scored, rows, part_index, scoring)
     agreement = {
         name: float((values > 0).sum() + 0.5 * (values == 0).sum())
-        for name, values in of_scored.margins.items()
+        for name, values in scored.margins.items()
     }
-    return tops, agreement, len(scored)
+    return tops, agreement, len(rows)
 
 
-def _push(
-    top: TopK,
-    key: np.ndarray,
-    terms: Terms,
-    part_index: int,
-    rows: np.ndarray,
-    scores: Mapping[str, np.ndarray],
+def _offer(
+    top: TopK, key: np.ndarray, terms: Terms, rows: np.ndarray, part_index: int, scoring: Scoring
 ) -> None:
-    """Offer pairs under a key; only those that can matter are gathered."""
+    """Offer pairs under a key; columns are made only of those that can matter."""
     best = select_top_k(
         key,
         terms.pair_id,
@@ -315,8 +313,7 @@ def _push(
         prompt_quality=chosen.prompt_quality,
         log_kth_neighbor_distance=chosen.log_kth_neighbor_distance,
         dropped=chosen.dropped,
-        score=scores["importance_score"][best],
-        **{name: scores[name][best] for name in scores if name != "importance_score"},
+        **scoring.columns(chosen),
         **{f"reward_margin_{name}": values for name, values in chosen.margins.items()},
     )
 
@@ -337,17 +334,19 @@ def _chosen(
 def _extras(
     config: FifaConfig, tops: Mapping[str, Any], kept: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """What the report shows beside the selection."""
+    """What the report shows beside the selection; nothing where there is to be none."""
+    if not config.report.enabled:
+        return {}
     gallery = config.report.gallery_size
     ranked = tops[config.select.strategy].best()
     missed = np.flatnonzero(~np.isin(ranked["pair_id"], kept["pair_id"]))[:gallery]
-    groups = {
+    return {
         "best": {name: values[:gallery] for name, values in kept.items()},
         "just_missed": {name: values[missed] for name, values in ranked.items()},
         "worst": tops["worst"].best(),
         "disagrees": tops["disagrees"].best(),
+        "sample": tops["sample"].best(),
     }
-    return groups | {"sample": tops["sample"].best()}
 
 
 def _describe(population: Population) -> dict[str, dict[str, float]]:

@@ -69,7 +69,8 @@ def write_selection(
             name: (describe_pairs(columns, lookup), lookup.rows_of(columns["pair_id"]))
             for name, columns in groups.items()
         }
-        refs.append(_write_gallery.remote(run, source, galleries))
+        if galleries:
+            refs.append(_write_gallery.remote(run, source, galleries))
         ray.get(refs)
     else:
         _write_selected(run, config, selected, rows, part_name(0))
@@ -77,7 +78,8 @@ def write_selection(
         if strategy != config.select.strategy:
             table = describe_pairs(columns, lookup)
             run.write_table(table, "baselines", strategy, part_name(0))
-    run.write_table(_sample_table(extras["sample"], kept), "scored_sample", part_name(0))
+    if "sample" in extras:
+        run.write_table(_sample_table(extras["sample"], kept), "scored_sample", part_name(0))
     ids = ["rank", "pair_id", "source_id", "source_file", "source_row"]
     run.write_table(selected.select(ids), "selected_ids", part_name(0))
     return {"sets": {name: _measure(run, config, columns, kept) for name, columns in sets.items()}}
@@ -196,8 +198,7 @@ def _write_gallery(
         _with_images(table, rows, source).add_column(0, "group", pa.array([name] * len(table)))
         for name, (table, rows) in galleries.items()
     ]
-    if tables:
-        run.write_table(pa.concat_tables(tables), "gallery", part_name(0))
+    run.write_table(pa.concat_tables(tables), "gallery", part_name(0))
 
 
 def _with_images(table: pa.Table, rows: pa.Table, source: Source) -> pa.Table:

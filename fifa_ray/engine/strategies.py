@@ -6,7 +6,7 @@ import numpy as np
 
 from fifa_ray.config import FifaConfig, SelectConfig, Strategy
 from fifa_ray.engine.terms import DROP_REASONS, Terms
-from fifa_ray.scoring.importance import importance_score, standardize
+from fifa_ray.scoring.importance import Standardization, importance_score, standardize
 from fifa_ray.scoring.margin import apply_margin_rule, average_margins
 from fifa_ray.scoring.moments import Moments, Ranks
 
@@ -93,42 +93,63 @@ def margin_values(terms: Terms, population: Population, config: FifaConfig) -> n
     )
 
 
-def score_terms(
-    terms: Terms, population: Population, config: FifaConfig, strategy: Strategy
-) -> dict[str, np.ndarray]:
-    """Importance score and its weighted terms (float64) of pairs, under one strategy."""
-    rule = config.select.standardization
-    weights = weights_of(strategy, config.select)
-    assert population.margin is not None
-    margin = standardize(margin_values(terms, population, config), rule, population.margin)
-    quality = standardize(terms.prompt_quality, rule, population.prompt_quality)
-    if config.select.quality_error_policy == "neutral":
-        quality = np.where(np.isnan(quality), _neutral(population.prompt_quality, rule), quality)
-    diversity = standardize(
-        terms.log_kth_neighbor_distance, rule, population.log_kth_neighbor_distance
-    )
-    if strategy == "random":
-        score = uniform_hash(terms.pair_id, config.seed)
-    else:
-        score = importance_score(
-            margin,
-            quality,
-            diversity,
+@dataclass(frozen=True)
+class Scoring:
+    """Scores pairs under one strategy, by the statistics of the population it chooses from."""
+
+    strategy: Strategy
+    population: Population
+    config: FifaConfig
+
+    def importance(self, terms: Terms) -> np.ndarray:
+        """Importance score, float64 (P,); NaN for a pair that cannot be chosen."""
+        if self.strategy == "random":
+            return uniform_hash(terms.pair_id, self.config.seed)
+        weights = weights_of(self.strategy, self.config.select)
+        return importance_score(
+            self._margin(terms) if weights.margin else None,
+            self._quality(terms) if weights.quality else None,
+            self._diversity(terms) if weights.diversity else None,
             margin_weight=weights.margin,
             quality_weight=weights.quality,
             diversity_weight=weights.diversity,
         )
-    return {
-        "importance_score": score,
-        "reward_margin": vote(terms, population, config)[0],
-        "margin_term": _weighted(weights.margin, margin),
-        "quality_term": _weighted(weights.quality, quality),
-        "diversity_term": _weighted(weights.diversity, diversity),
-    }
 
+    def columns(self, terms: Terms) -> dict[str, np.ndarray]:
+        """The score, the vote's raw margin and each weighted term, float64 (P,)."""
+        weights = weights_of(self.strategy, self.config.select)
+        zeros = np.zeros(len(terms.pair_id))
+        return {
+            "score": self.importance(terms),
+            "reward_margin": vote(terms, self.population, self.config)[0],
+            "margin_term": weights.margin * self._margin(terms) if weights.margin else zeros,
+            "quality_term": weights.quality * self._quality(terms) if weights.quality else zeros,
+            "diversity_term": (
+                weights.diversity * self._diversity(terms) if weights.diversity else zeros
+            ),
+        }
 
-def _weighted(weight: float, term: np.ndarray) -> np.ndarray:
-    return weight * term if weight else np.zeros(len(term))
+    @property
+    def _rule(self) -> Standardization:
+        return self.config.select.standardization
+
+    def _margin(self, terms: Terms) -> np.ndarray:
+        values = margin_values(terms, self.population, self.config)
+        return standardize(values, self._rule, self.population.margin)
+
+    def _quality(self, terms: Terms) -> np.ndarray:
+        rated = self.population.prompt_quality
+        quality = standardize(terms.prompt_quality, self._rule, rated)
+        if self.config.select.quality_error_policy == "neutral":
+            return np.where(np.isnan(quality), _neutral(rated, self._rule), quality)
+        return quality
+
+    def _diversity(self, terms: Terms) -> np.ndarray:
+        return standardize(
+            terms.log_kth_neighbor_distance,
+            self._rule,
+            self.population.log_kth_neighbor_distance,
+        )
 
 
 def _neutral(statistics: Statistics | None, rule: str) -> float:

@@ -48,7 +48,7 @@ def select(pairs: int, selection_size: int, repeats: int, folder: str | None) ->
                 "ingest": {"source": "unused"},
                 "rewards": [{"name": "drawn"}],
                 "select": {"selection_size": selection_size, "images": False, "compare": []},
-                "report": {"gallery_size": 0},
+                "report": {"enabled": False},
             }
         )
         context = get_context("spawn")
