@@ -151,6 +151,8 @@ def make_pair_id(
 def normalize_prompt(text: str) -> str:
     """NFC form, control and unassigned characters out, each run of white space one space."""
     text = unicodedata.normalize("NFC", text)
+    if text.isprintable():  # Nothing to take out, and no white space but plain spaces: the usual.
+        return " ".join(text.split())
     kept = (
         " " if c.isspace() else c
         for c in text

@@ -1,5 +1,7 @@
 """Ids and text normalisation: what every table is keyed by."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 
@@ -44,6 +46,19 @@ def test_what_an_id_cannot_hold_is_refused(file_index, row, pair):
 def test_normalised_prompts(raw, normal):
     assert schema.normalize_prompt(raw) == normal
     assert schema.normalize_prompt(normal) == normal
+
+
+def test_every_character_is_kept_or_dropped_by_its_category():
+    for code in range(0x110000):
+        category = unicodedata.category(chr(code))
+        raw = f"a{chr(code)}b"
+        if chr(code).isspace():
+            expected = "a b"
+        elif category in ("Cc", "Cs", "Cn", "Co"):
+            expected = "ab"
+        else:
+            expected = unicodedata.normalize("NFC", raw)
+        assert schema.normalize_prompt(raw) == expected, hex(code)
 
 
 def test_prompt_ids_are_stable_for_ever():
