@@ -99,6 +99,21 @@ class ActorsConfig(Section):
         return self
 
 
+class FittedOptions(Section):
+    """`options` of a reward of kind fitted."""
+
+    folds: int = Field(5, ge=2, le=100, description="Folds of prompts for cross-fitting.")
+    l2: float | None = Field(
+        None, gt=0, description="Penalty on standardised weights; null: by inner cross-validation."
+    )
+    text: Literal["none", "cosine", "products"] = Field(
+        "cosine",
+        description="What the text tower of the encoder adds: its cosine with the image, or that "
+        "and the elementwise products; encoders without one add nothing.",
+    )
+    revision: str | None = Field(None, description="Hub commit of the encoder.")
+
+
 class RewardConfig(Section):
     """One proxy reward model. Several may vote; each leaves its own table and columns."""
 
@@ -138,6 +153,16 @@ class RewardConfig(Section):
         default_factory=dict, description="Settings of this kind of model, see its adapter."
     )
     actors: ActorsConfig = Field(default_factory=ActorsConfig, description="Its actor pool.")
+
+    @model_validator(mode="after")
+    def _fitted_options(self) -> "RewardConfig":
+        if self.kind == "fitted":
+            try:
+                FittedOptions.model_validate(self.options)
+            except ValidationError as error:
+                known = list(FittedOptions.model_fields)
+                raise ValueError(_explain_options(error, "fitted", known)) from None
+        return self
 
 
 class JudgeConfig(Section):
@@ -499,6 +524,18 @@ def _explain(error: ValidationError) -> str:
             got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
             lines.append(f"{place or 'configuration'}: {message}{got}")
     return "\n".join(lines)
+
+
+def _explain_options(error: ValidationError, kind: str, known: Sequence[str]) -> str:
+    lines = []
+    for problem in error.errors():
+        name = ".".join(str(step) for step in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            hint = _suggest(name, known) or f"; known: {', '.join(known)}"
+            lines.append(f"unknown option {name!r} of kind {kind}{hint}")
+        else:
+            lines.append(f"option {name}: {problem['msg']}, got {problem['input']!r}")
+    return "; ".join(lines)
 
 
 def _section_at(location: Sequence[int | str]) -> type[Section] | None:

@@ -1,11 +1,11 @@
 """The whole filter in order, and choosing again: what the command line and notebooks call."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fifa_ray.config import ConfigError, FifaConfig, dump_config, load_config
+from fifa_ray.config import ConfigError, FifaConfig, RewardConfig, dump_config, load_config
 from fifa_ray.engine.cluster import connect
 from fifa_ray.engine.embed import run_embed
 from fifa_ray.engine.ingest import run_ingest, stage_table
@@ -26,12 +26,14 @@ def run_filter(
     overrides: Sequence[str] = (),
     *,
     data: Any = None,
+    write_page: bool = True,
 ) -> RunDir:
     """Ingest, score, judge, embed, find neighbours, select and report; skips what is complete.
 
     `config` is a configuration, a YAML file, a preset's name or a mapping. `data` may be a Ray
     Dataset, a pandas DataFrame, an Arrow table or a list of dicts to filter instead of
-    `ingest.source`. Returns the run directory, whose `selected/` holds the K pairs.
+    `ingest.source`; `write_page` off leaves the report to the caller. Returns the run directory,
+    whose `selected/` holds the K pairs.
 
     Raises ConfigError before any work starts when the configuration cannot be used, ValueError for
     a dataset that cannot, RuntimeError when a stage puts aside more rows than allowed.
@@ -51,7 +53,9 @@ def run_filter(
         run_judge(run, loaded)
     run_embed(run, loaded)
     run_neighbors(run, loaded)
-    _select_and_report(run, loaded)
+    run_select(run, loaded)
+    if loaded.report.enabled and write_page:
+        write_report(run)
     return run
 
 
@@ -69,8 +73,35 @@ def reselect(run_uri: str, overrides: Sequence[str] = ()) -> RunDir:
     run, config = open_run(run_uri, overrides)
     connect(config.ray)
     run.write_text(dump_config(config), SAVED_CONFIG)
-    _select_and_report(run, config)
+    run_select(run, config)
+    if config.report.enabled:
+        write_report(run)
     return run
+
+
+def fit_reward(config: FifaConfig) -> Iterator[str]:
+    """Ingest, fit the configured reward of kind fitted, and say how good it is on unseen prompts.
+
+    Without one in the configuration, a reward named "fitted" on image statistics. Yields lines for
+    a terminal.
+    """
+    from fifa_ray.engine.fit_reward import FITTED, describe_fit, run_fitted_reward
+
+    found = [reward for reward in config.rewards if reward.kind == "fitted"]
+    reward = found[0] if found else RewardConfig(name="fitted", kind="fitted")
+    run = RunDir(config.run_dir)
+    connect(config.ray)
+    config = _with_source(config, _absolute(config.ingest.source))
+    run_ingest(run, config)
+    manifest = run_fitted_reward(run, config, reward)
+    yield from describe_fit(manifest)
+    folder = run.path(FITTED, reward.name)
+    yield f"Rewards of these pairs, each by a model of other prompts: {run.path(manifest.stage)}"
+    if "held_out" in manifest.details:
+        yield f"Model for other data (weights of a reward of kind fitted): {folder}"
+    if not found:
+        yield "To filter with it, configure rewards: [{name: fitted, kind: fitted}] and type:"
+    yield f"  fifa filter CONFIG run_dir={config.run_dir}"
 
 
 def open_run(run_uri: str, overrides: Sequence[str] = ()) -> tuple[RunDir, FifaConfig]:
@@ -88,12 +119,6 @@ def open_run(run_uri: str, overrides: Sequence[str] = ()) -> tuple[RunDir, FifaC
 
     values = yaml.safe_load(run.read_text(SAVED_CONFIG)) | {"run_dir": run_uri}
     return run, load_config(values, overrides)
-
-
-def _select_and_report(run: RunDir, config: FifaConfig) -> None:
-    run_select(run, config)
-    if config.report.enabled:
-        logger.info("report: %s", write_report(run))
 
 
 def _with_source(config: FifaConfig, source: str) -> FifaConfig:

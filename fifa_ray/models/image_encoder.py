@@ -58,8 +58,17 @@ class ImageEncoder(Protocol):
         """A name for each column where columns mean something, else None."""
         ...
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether prompts have features in the same space."""
+        ...
+
     def encode(self, images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
         """float32 (N, D) features of images, or of arrays that `transform` made of them."""
+        ...
+
+    def encode_texts(self, prompts: Sequence[str]) -> np.ndarray:
+        """float32 (N, D) unit vectors of prompts; TypeError unless `reads_text`."""
         ...
 
 
@@ -119,9 +128,15 @@ class ImageStatistics:
         """The statistics' names."""
         return STATISTIC_NAMES
 
+    reads_text = False
+
     def encode(self, images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
         """See `ImageEncoder.encode`."""
         return image_statistics(_as_arrays(images, self.transform))
+
+    def encode_texts(self, prompts: Sequence[str]) -> np.ndarray:
+        """Raises TypeError."""
+        raise TypeError("image statistics know nothing of texts; use an image-text encoder")
 
 
 class VisionModelEncoder:
@@ -161,6 +176,8 @@ class VisionModelEncoder:
         self._model = model.to(device=device, dtype=self._dtype).eval()
         on_gpu = torch.device(device).type == "cuda"
         self._batch = LargestBatch(batch_size or (256 if on_gpu else 32), "images")
+        self._text_batch = LargestBatch(batch_size or (512 if on_gpu else 32), "prompts")
+        self._trust_remote_code = trust_remote_code
 
     @cached_property
     def info(self) -> ImageEncoderInfo:
@@ -190,6 +207,42 @@ class VisionModelEncoder:
                 self._batch.run(_as_arrays(images, self.transform), self._encode_batch)
             )
         return features.cpu().numpy()
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the model has a text tower that projects into the images' space."""
+        return hasattr(self._model, "get_text_features")
+
+    def encode_texts(self, prompts: Sequence[str]) -> np.ndarray:
+        """See `ImageEncoder.encode_texts`."""
+        import torch
+
+        if not self.reads_text:
+            raise TypeError(f"{self._path} has no text tower; use an image-text encoder (CLIP)")
+        with torch.inference_mode():
+            batches = self._text_batch.run(prompts, self._encode_text_batch)
+        return torch.cat(batches).cpu().numpy()
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(
+            self._folder, trust_remote_code=self._trust_remote_code
+        )
+
+    def _encode_text_batch(self, prompts: Sequence[str]) -> "torch.Tensor":
+        # SigLIP pools the last place and was trained on texts padded to full length.
+        full_length = self._model.config.model_type.startswith("siglip")
+        tokens = self._tokenizer(
+            list(prompts),
+            padding="max_length" if full_length else True,
+            truncation=True,
+            max_length=self._model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self._device)
+        features = self._model.get_text_features(**tokens).pooler_output.float()
+        return features / features.norm(dim=-1, keepdim=True)
 
     def _encode_batch(self, images: Sequence[np.ndarray]) -> "torch.Tensor":
         from fifa_ray.models.batching import normalized_pixels
