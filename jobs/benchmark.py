@@ -11,6 +11,8 @@ absolute figures of a shared machine say little.
 
 import click
 
+from jobs.benchmarks.memory import memory
+from jobs.benchmarks.score import score
 from jobs.benchmarks.select import select
 
 GROUP_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
@@ -21,7 +23,8 @@ def main() -> None:
     """Measure one part of fifa-ray."""
 
 
-main.add_command(select)
+for command in (score, select, memory):
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()

@@ -31,7 +31,7 @@ def run_demo(
     The filter sees the dataset alone; the truth beside it is read when the filter has finished.
     """
     world = make_world(Path(run_dir) / "world", num_pairs)
-    run = run_filter(demo_config(run_dir, world, overrides))
+    run = run_filter(demo_config(run_dir, world, overrides), write_page=False)
     proof = prove_run(run, world)
     run.write_text(json.dumps(proof_for_report(proof), indent=2), "proof.json")
     write_report(run)
@@ -84,6 +84,7 @@ def proof_for_report(proof: Proof) -> dict[str, Any]:
             "value": share["share"],
             "low": share["low"],
             "high": share["high"],
+            "unit": "share",
             "note": f"{share['num_labels']:,} labels held to the world's truth, 95% interval",
         }
     kept, random = proof["kept"], proof["random"]

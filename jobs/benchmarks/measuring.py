@@ -53,8 +53,13 @@ class Peak:
 
 
 @contextmanager
-def peak_memory(is_mine: Callable[[int, str], bool], every_seconds: float = 0.1) -> Iterator[Peak]:
-    """Sample the memory of the processes that `is_mine(pid, command line)` accepts."""
+def peak_memory(
+    is_mine: Callable[[int, str], bool], *, each: bool = False, every_seconds: float = 0.2
+) -> Iterator[Peak]:
+    """Sample the memory of the processes that `is_mine(pid, command line)` accepts.
+
+    Their sum, or with `each` the largest single one.
+    """
     peak, stop = Peak(), threading.Event()
 
     def watch() -> None:
@@ -63,7 +68,10 @@ def peak_memory(is_mine: Callable[[int, str], bool], every_seconds: float = 0.1)
             for pid, command in _processes():
                 if is_mine(pid, command):
                     name = _short_name(pid, command)
-                    sample[name] = sample.get(name, 0) + _proportional_bytes(pid)
+                    size = _proportional_bytes(pid)
+                    sample[name] = (
+                        max(sample.get(name, 0), size) if each else sample.get(name, 0) + size
+                    )
                     largest = peak.by_name.get(name, 0)
                     peak.by_name[name] = max(largest, sample[name])
             peak.total = max(peak.total, sum(sample.values()))
