@@ -439,3 +439,20 @@ def test_counts_add_up() -> None:
     two = ingest.RowCounts(2, 1, Counter(tie=1), {"tie": "second"})
     total = ingest._total([one, two])
     assert total == ingest.RowCounts(5, 2, Counter(tie=3), {"tie": "first"})
+
+
+def test_source_and_run_on_an_object_store(
+    settings: Any, ray_session: Any, s3_endpoint: str
+) -> None:
+    query = f"endpoint_override={s3_endpoint}&scheme=http&region=us-east-1"
+    source, target = (f"s3://test:test@data/ingest/{name}?{query}" for name in ("data", "run"))
+    table = pa.Table.from_pylist([preference(f"p{i}", f"a{i}", f"b{i}") for i in range(250)])
+    folder = RunDir(source)
+    folder.write_table(table, "train.parquet", row_group_size=50)
+    run = RunDir(target)
+    config = settings(source=source, rows_per_part=100)
+    assert run_ingest(run, config).rows_out == 250
+    assert len(run.list("pairs")) == 3
+    assert run.num_rows("prompts") == 250
+    assert run_ingest(run, settings(source=source, max_pairs=10)).rows_out == 10
+    assert len(run.list("pairs")) == 1

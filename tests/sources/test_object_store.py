@@ -1,4 +1,4 @@
-"""Datasets on S3: a real client against a local server."""
+"""Datasets on S3 (a real client against a local server) and on an fsspec filesystem."""
 
 import io
 import json
@@ -109,3 +109,22 @@ def test_a_wrong_path_names_what_is_there(bucket: Any, opened: Any) -> None:
     put(bucket("data/train.parquet"), b"")
     with pytest.raises(ValueError, match=r"does not exist.*nearest folder that exists.*data/"):
         opened(bucket("dta/train.parquet"))
+
+
+def test_a_filesystem_that_only_fsspec_knows(
+    opened: Any, metadata: Any, answers: Any, png: Any
+) -> None:
+    """The way to hf://, shown with fsspec's own memory filesystem."""
+    table = pa.table({"prompt": ["a"], "chosen": [png(1)], "rejected": ["images/2.png"]})
+    put("memory://corpus/data/train-0.parquet", parquet(table))
+    put("memory://corpus/images/2.png", png(2))
+    source = opened("memory://corpus")
+    assert source.files[0].name == "data/train-0.parquet"
+    assert len(metadata(source)) == 1
+    assert answers(source, "data/train-0.parquet", 0, [(0, "chosen"), (0, "images/2.png")]) == {
+        0: (png(1), None),
+        1: (png(2), None),
+    }
+    assert len(opened("memory://corpus/*/train-*.parquet").files) == 1
+    with pytest.raises(ValueError, match=r"nearest folder that exists.*holds data/, images/"):
+        opened("memory://corpus/dta")
