@@ -1,6 +1,5 @@
 """The whole filter in order, and choosing again: what the command line and notebooks call."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from fifa_ray.engine.select import run_select
 from fifa_ray.report import write_report
 from fifa_ray.run_dir import RunDir
 
-logger = logging.getLogger(__name__)
 
 SAVED_CONFIG = "config.yaml"
 
