@@ -62,8 +62,8 @@ def judge_tokens(tokenizer: Any) -> JudgeTokens:
             whole = encode(start + answer)
             if whole[: len(before)] != before:
                 raise ValueError(
-                    f"{tokenizer.name_or_path}: the tokens of {answer!r} merge with {start!r} before "
-                    "it, so its probability cannot be read; use engine vllm or openai"
+                    f"{tokenizer.name_or_path}: the tokens of {answer!r} merge with {start!r} "
+                    "before it, so its probability cannot be read; use engine vllm or openai"
                 )
             ids[whole[len(before)]] = tokenizer.decode([whole[len(before)]])
         return ids
@@ -146,7 +146,7 @@ class TransformersJudge:
         pack_tokens: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """`adapter`: a PEFT folder merged into the weights. Raises ValueError, see `judge_tokens`."""
+        """`adapter`: a PEFT folder, merged into the weights. Raises ValueError: `judge_tokens`."""
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
         # Left to itself the loader would also take pickled weights.

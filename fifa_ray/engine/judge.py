@@ -1,0 +1,171 @@
+"""prompts/ -> quality/: every distinct prompt rated once by an LLM.
+
+Answers live in a cache keyed by prompt id, rubric and model, in the run or shared by many runs;
+failed ones are asked again by the next run that needs them.
+"""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+from fifa_ray import schema
+from fifa_ray.config import FifaConfig, JudgeConfig
+from fifa_ray.engine.cluster import actor_pool, gpus_per_actor
+from fifa_ray.engine.prompt_stage import run_prompt_stage
+from fifa_ray.models.judge import JudgeReply, build_judge
+from fifa_ray.run_dir import Manifest, RunDir, fingerprint
+from fifa_ray.scoring.quality import RUBRIC_VERSION
+
+logger = logging.getLogger(__name__)
+
+STAGE = "quality"
+# How an answer is computed, not what it says: changing these reuses the cache.
+OPERATIONAL = (
+    "actors", "api_key_env", "batch_size", "cache_dir", "enabled", "max_concurrency", "max_retries",
+    "requests_per_minute", "timeout_seconds",
+)  # fmt: skip
+SMALL_ENOUGH_TO_READ = 32_000_000
+
+
+def run_judge(run: RunDir, config: FifaConfig) -> Manifest:
+    """Judge all prompts, or those that the cache does not know.
+
+    Raises ValueError where `prompts/` is not complete, RuntimeError where an endpoint is unusable.
+    """
+    prompts = run.manifest("prompts")
+    if prompts is None:
+        raise ValueError(f"{run.uri} has no complete prompts/ table; run the ingest stage first")
+    judge = config.judge
+    key = answers_key(judge)
+    notes = RunDir(f"{run.uri.rstrip('/')}/partial/judge-{key}")
+    cache = RunDir(f"{judge.cache_dir.rstrip('/')}/{key}") if judge.cache_dir else None
+
+    def transform(rows: "ray.data.Dataset") -> "ray.data.Dataset":
+        if judge.engine == "vllm":
+            from fifa_ray.engine.judge_vllm import judge_with_vllm
+
+            return judge_with_vllm(rows, judge)
+        return rows.map_batches(
+            JudgePrompts,
+            fn_constructor_args=(judge, "cuda" if gpus_per_actor(judge.actors) else "cpu", notes),
+            batch_size=None,
+            batch_format="pyarrow",
+            **judge_pool(judge),
+        )
+
+    manifest = run_prompt_stage(
+        run,
+        stage=STAGE,
+        fingerprint=fingerprint(STAGE, prompts.fingerprint, key),
+        transform=transform,
+        output_schema=schema.QUALITY,
+        config=judge.model_dump(mode="json"),
+        details=lambda: _details(run, notes, key),
+        rows_per_item=rows_per_item(prompts.rows_out, judge),
+        partial=cache,
+        is_answered=_is_answered,
+    )
+    failed = manifest.details.get("errors", {})
+    if failed:
+        logger.warning("the judge gave no usable answer for some prompts: %s", failed)
+    return manifest
+
+
+def answers_key(judge: JudgeConfig) -> str:
+    """What an answer depends on beside its prompt: rubric, model and how it is asked."""
+    settings = judge.model_dump(mode="json", exclude=set(OPERATIONAL))
+    settings["model"] = content_of(judge.model)
+    settings["options"] = {name: content_of(value) for name, value in judge.options.items()}
+    return fingerprint(RUBRIC_VERSION, settings)
+
+
+def content_of(name: Any) -> Any:
+    """A local folder's content in brief, so that another model at the same path is another model.
+
+    Small files by their bytes, large ones by size and first bytes; anything else stays as it is.
+    """
+    if not isinstance(name, str) or not Path(name).is_dir():
+        return name
+    digest = hashlib.blake2b(digest_size=12)
+    for path in sorted(p for p in Path(name).rglob("*") if p.is_file()):
+        with path.open("rb") as stream:
+            head = stream.read(SMALL_ENOUGH_TO_READ)
+        digest.update(f"{path.relative_to(name)}:{path.stat().st_size}:".encode() + head)
+    return digest.hexdigest()
+
+
+def rows_per_item(num_prompts: int, judge: JudgeConfig) -> int:
+    """Prompts per block: enough to keep an actor busy, few enough to balance and to resume."""
+    busy = 8 * judge.max_concurrency if judge.engine == "openai" else judge.batch_size
+    return max(busy, min(num_prompts // 64, 4096))
+
+
+def judge_pool(judge: JudgeConfig) -> dict[str, Any]:
+    """Arguments of the actor pool; one client is enough for an endpoint unless more are asked."""
+    actors = judge.actors
+    if judge.engine == "openai":
+        size = actors.max_actors or actors.min_actors
+        actors = actors.model_copy(update={"num_gpus": 0.0, "min_actors": size, "max_actors": size})
+    return actor_pool(actors)
+
+
+class JudgePrompts:
+    """An actor that judges blocks of prompts with an engine that answers in batches."""
+
+    def __init__(self, judge: JudgeConfig, device: str, notes: RunDir) -> None:
+        """`notes`: where it leaves what the manifest says about the model."""
+        if judge.engine == "transformers" and device == "cpu":
+            import torch
+
+            torch.set_num_threads(max(1, int(judge.actors.num_cpus)))
+        if judge.engine == "openai" and judge.requests_per_minute:
+            # The limit is the endpoint's, whatever the number of clients.
+            clients = judge.actors.max_actors or judge.actors.min_actors
+            share = judge.requests_per_minute / clients
+            judge = judge.model_copy(update={"requests_per_minute": share})
+        self._judge = build_judge(judge, device)
+        self._notes = notes
+
+    def __call__(self, prompts: pa.Table) -> pa.Table:
+        """(prompt_id, prompt) to the columns of `schema.QUALITY`."""
+        replies = self._judge.judge(prompts.column("prompt").to_pylist())
+        self._notes.write_text(json.dumps(self._judge.info()), "model.json")
+        return quality_table(prompts.column(schema.PROMPT_ID), replies)
+
+
+def quality_table(prompt_ids: Any, replies: list[JudgeReply]) -> pa.Table:
+    """Replies as rows of `schema.QUALITY`; `prompt_ids` is an Arrow column or a sequence."""
+    columns: dict[str, Any] = {schema.PROMPT_ID: prompt_ids}
+    for name in schema.QUALITY.names[1:]:
+        columns[name] = [_storable(getattr(reply, name)) for reply in replies]
+    return pa.table(columns).select(schema.QUALITY.names).cast(schema.QUALITY)
+
+
+def _storable(value: Any) -> Any:
+    # A model's text may hold half of a surrogate pair, which UTF-8 cannot.
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
+
+
+def _is_answered(answers: pa.Table) -> np.ndarray:
+    return np.asarray(pc.is_null(answers.column("quality_error")).to_numpy(zero_copy_only=False))
+
+
+def _details(run: RunDir, notes: RunDir, key: str) -> dict[str, Any]:
+    model = json.loads(notes.read_text("model.json")) if notes.exists("model.json") else {}
+    notes.remove()
+    judged = run.read_table(STAGE, columns=["quality_error", "harmful"], schema=schema.QUALITY)
+    errors = judged.column("quality_error").drop_null().value_counts().to_pylist()
+    return {
+        "model": model,
+        "rubric_version": RUBRIC_VERSION,
+        "answers_key": key,
+        "harmful": pc.sum(judged.column("harmful")).as_py() or 0,
+        "errors": {entry["values"]: entry["counts"] for entry in errors},
+    }

@@ -1,0 +1,138 @@
+"""The judge in the cluster: Ray Data's LLM processor, one vLLM engine per actor.
+
+The answer is generated under a grammar, a dozen tokens, with the probabilities of each; the start
+of the answer is given, so that the first token is the harm's. vLLM's prefix cache computes the
+rubric once.
+"""
+
+from typing import Any
+
+import ray.data
+
+from fifa_ray import schema
+from fifa_ray.config import JudgeConfig
+from fifa_ray.engine.cluster import gpus_per_actor
+from fifa_ray.models.judge import JudgeReply
+from fifa_ray.scoring import quality as rubric
+
+MAX_TOKENS = 32
+LOGPROBS = 20
+ERROR_COLUMN = "__inference_error__"
+
+
+def judge_with_vllm(rows: "ray.data.Dataset", judge: JudgeConfig) -> "ray.data.Dataset":
+    """(prompt_id, prompt) to the columns of `schema.QUALITY`, in one pass of vLLM actors.
+
+    A row that vLLM refuses (too long, say) comes back with its reason. Raises ModuleNotFoundError
+    where ray.data.llm is not usable, ValueError for options that this engine does not have.
+    """
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    if judge.options:
+        raise ValueError(
+            f"judge.options {sorted(judge.options)} are not options of engine vllm; use "
+            "judge.engine_kwargs (vLLM's own arguments)"
+        )
+    processor = build_processor(
+        vLLMEngineProcessorConfig(**processor_settings(judge, gpus_per_actor(judge.actors))),
+        preprocess=AskVllm(judge.max_prompt_chars),
+        postprocess=lambda row: row,
+    )
+    return processor(rows).map(ReadVllm(judge.harmful_threshold), num_cpus=0.1)
+
+
+def processor_settings(judge: JudgeConfig, num_gpus: float) -> dict[str, Any]:
+    """Arguments of `vLLMEngineProcessorConfig`; `judge.engine_kwargs` has the last word."""
+    engine: dict[str, Any] = {
+        "dtype": judge.dtype,
+        "enable_prefix_caching": True,
+        "max_logprobs": LOGPROBS,
+        "trust_remote_code": judge.trust_remote_code,
+    }
+    if judge.max_model_len is not None:
+        engine["max_model_len"] = judge.max_model_len
+    settings: dict[str, Any] = {
+        "model_source": judge.model,
+        "engine_kwargs": engine | judge.engine_kwargs,
+        "batch_size": judge.batch_size,
+        "concurrency": (
+            judge.actors.min_actors,
+            judge.actors.max_actors or judge.actors.min_actors,
+        ),
+        "should_continue_on_error": True,
+        "log_engine_metrics": False,
+    }
+    if judge.actors.runtime_env:
+        settings["runtime_env"] = judge.actors.runtime_env
+    if not num_gpus:
+        settings["placement_group_config"] = {
+            "bundle_per_worker": {"CPU": judge.actors.num_cpus},
+        }
+    elif num_gpus < 1:
+        settings["placement_group_config"] = {
+            "bundle_per_worker": {"CPU": judge.actors.num_cpus, "GPU": num_gpus},
+        }
+    return settings
+
+
+class AskVllm:
+    """One row of prompts/ to a chat whose last turn the model completes."""
+
+    def __init__(self, max_prompt_chars: int) -> None:
+        self._max_prompt_chars = max_prompt_chars
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Keeps the id and adds messages and sampling parameters."""
+        messages = rubric.judge_messages(row["prompt"], self._max_prompt_chars)
+        return {
+            schema.PROMPT_ID: row[schema.PROMPT_ID],
+            "messages": [*messages, {"role": "assistant", "content": rubric.ANSWER_START}],
+            "sampling_params": {
+                "temperature": 0.0,
+                "max_tokens": MAX_TOKENS,
+                "logprobs": LOGPROBS,
+                "structured_outputs": {"regex": rubric.ANSWER_REST_REGEX},
+            },
+        }
+
+
+class ReadVllm:
+    """One answered or failed row to the columns of `schema.QUALITY`."""
+
+    def __init__(self, harmful_threshold: float) -> None:
+        self._harmful_threshold = harmful_threshold
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row of one prompt."""
+        reply = self._read(row)
+        return {
+            schema.PROMPT_ID: row[schema.PROMPT_ID],
+            **{name: getattr(reply, name) for name in schema.QUALITY.names[1:]},
+        }
+
+    def _read(self, row: dict[str, Any]) -> JudgeReply:
+        if problem := row.get(ERROR_COLUMN):
+            long = any(word in problem.lower() for word in ("too long", "longer than", "max_model"))
+            return JudgeReply(quality_error="too_long" if long else "engine_error")
+        text = rubric.ANSWER_START + row["generated_text"]
+        parsed = rubric.parse_quality_reply(text)
+        steps = [_by_text(step) for step in row["logprobs"]]
+        chosen = [
+            str(entries[token]["decoded_token"])
+            for entries, token in (
+                ({int(k): v for k, v in step.items() if v is not None}, int(token))
+                for step, token in zip(row["logprobs"], row["generated_tokens"], strict=True)
+            )
+        ]
+        places = rubric.answer_token_indices(chosen)
+        if parsed.quality_error is None and places is not None:
+            parsed = rubric.reply_from_distributions(
+                steps[places[0]], steps[places[1]], self._harmful_threshold
+            )
+        return JudgeReply(
+            parsed.prompt_quality, parsed.harmful, parsed.harm_category, parsed.quality_error, text
+        )
+
+
+def _by_text(step: dict[Any, Any]) -> dict[str, float]:
+    return {str(v["decoded_token"]): float(v["logprob"]) for v in step.values() if v is not None}
