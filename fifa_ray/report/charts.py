@@ -18,11 +18,12 @@ Row = dict[str, Any]
 # Set of pairs -> the CSS variable of its colour. `all` is the background that others stand on.
 SET_COLORS = {
     "all": "var(--all)",
-    "fifa": "var(--kept)",
+    "kept": "var(--kept)",
     "random": "var(--series-1)",
     "margin_only": "var(--series-2)",
     "quality_only": "var(--series-3)",
     "diversity_only": "var(--series-4)",
+    "fifa": "var(--series-5)",
 }
 SERIES = ("var(--series-1)", "var(--series-2)", "var(--series-3)", "var(--series-4)")
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"

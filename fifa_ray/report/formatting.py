@@ -5,7 +5,7 @@ from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
 NO_VALUE = "\N{EN DASH}"
-SET_NAMES = {"all": "all pairs", "fifa": "kept by fifa"}
+SET_NAMES = {"all": "all pairs", "kept": "kept"}
 
 
 def format_number(value: Any, digits: int = 4) -> str:

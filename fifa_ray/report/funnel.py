@@ -96,21 +96,17 @@ def pairs_lost_in_rewards(tables: RunTables) -> Counter[str]:
 
 
 def _selection_steps(tables: RunTables, scored: int, notes: list[str]) -> list[dict[str, Any]]:
-    details = tables.details("selected")
-    dropped = details.get("dropped") or {}
+    manifest = tables.manifests.get("selected")
+    quarantined = manifest.quarantined if manifest else {}
+    dropped = {r: n for r, n in quarantined.items() if r not in ("unscored", "not_selected") and n}
     kept = tables.run.num_rows("selected")
     eligible = scored - sum(dropped.values())
-    if (found := details.get("num_scored")) is not None and found not in (scored, eligible):
+    found = tables.details("selected").get("num_scored", scored)
+    if found != scored:
         notes.append(
             f"the selection saw {found:,} scored pairs, but the tables hold {scored:,}: "
             "select ran on other rewards than these; run it again."
         )
-    threshold = details.get("threshold")
-    beyond = (
-        "beyond the selection size"
-        if threshold is None
-        else (f"importance score below that of the last kept pair ({threshold:.3f})")
-    )
     return [
         {
             "label": "Pairs scored",
@@ -121,12 +117,25 @@ def _selection_steps(tables: RunTables, scored: int, notes: list[str]) -> list[d
             ],
         },
         {
-            "label": "Pairs that pass every hard filter",
+            "label": "Pairs that pass every hard filter" if dropped else "Pairs to choose from",
             "count": eligible,
-            "lost": [{"reason": beyond, "count": eligible - kept, "examples": []}],
+            "lost": [{"reason": _beyond(tables), "count": eligible - kept, "examples": []}],
         },
         {"label": "Pairs kept", "count": kept, "lost": []},
     ]
+
+
+def _beyond(tables: RunTables) -> str:
+    """Why pairs that could have been kept were not."""
+    manifest = tables.manifests.get("selected")
+    if tables.strategy != "fifa":
+        return f"not chosen by the strategy {tables.strategy}"
+    if manifest and manifest.config.get("selector") == "greedy":
+        return "not chosen by the greedy selector"
+    threshold = tables.details("selected").get("threshold")
+    if threshold is None:
+        return "beyond the selection size"
+    return f"importance score below that of the last kept pair ({threshold:.3f})"
 
 
 def _prompt_counts(tables: RunTables) -> list[tuple[str, int]]:

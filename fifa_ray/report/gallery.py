@@ -28,7 +28,11 @@ TERMS = ("margin_term", "quality_term", "diversity_term")
 
 def galleries(tables: RunTables) -> Section:
     """The groups of gallery/ with thumbnails, `report.gallery_size` pairs each."""
-    tables.require("gallery", writer="select")
+    if not tables.has("gallery"):
+        raise Absent(
+            "gallery/ is not in this run; the stage select writes it, unless select.images or "
+            "report.enabled is off."
+        )
     size = tables.settings.gallery_size
     if not size:
         raise Absent("The galleries are switched off: report.gallery_size is 0.")

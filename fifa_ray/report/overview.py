@@ -3,8 +3,9 @@
 from typing import Any
 
 from fifa_ray.report.section import Absent, Section
-from fifa_ray.report.tables import RunTables
+from fifa_ray.report.tables import RunTables, finite_values
 
+MEANS = ("reward_margin", "prompt_quality")
 PROOF_ENTRY = {"value": None, "low": None, "high": None, "note": None, "unit": None}
 
 
@@ -34,45 +35,47 @@ def headline(tables: RunTables) -> Section:
 
 
 def _figures(tables: RunTables) -> list[dict[str, Any]]:
-    details = tables.details("selected")
-    sets = details.get("sets") or {}
-    kept, random = sets.get("fifa") or {}, sets.get("random") or {}
-    whole = {name: moments.get("mean") for name, moments in (details.get("terms") or {}).items()}
+    sets = tables.details("selected").get("sets") or {}
+    kept, random = sets.get(tables.strategy) or {}, sets.get("random") or {}
+    whole = _sampled_means(tables)
+    if tables.strategy == "random":
+        random = {}
     figures = [
-        ("Mean reward margin", kept.get("mean_reward_margin"), whole.get("reward_margin"), "all"),
-        (
-            "Mean prompt quality",
-            kept.get("mean_prompt_quality"),
-            whole.get("prompt_quality"),
-            "all",
-        ),
-        (
-            "k-NN entropy of the prompts, nats",
-            kept.get("knn_entropy"),
-            random.get("knn_entropy"),
-            "random",
-        ),
-        ("Distinct prompts", kept.get("num_prompts"), random.get("num_prompts"), "random"),
+        ("Mean reward margin", "mean_reward_margin", whole.get("reward_margin"), "all pairs"),
+        ("Mean prompt quality", "mean_prompt_quality", whole.get("prompt_quality"), "all pairs"),
+        ("k-NN entropy of the prompts, nats", "knn_entropy", random.get("knn_entropy"), ""),
+        ("Distinct prompts", "num_prompts", random.get("num_prompts"), ""),
     ]
-    against = {"all": "all pairs", "random": "a random set of the same size"}
     return [
-        {"label": label, "value": value, "other": other, "against": against[which]}
-        for label, value, other, which in figures
-        if value is not None
+        {
+            "label": label,
+            "value": kept[name],
+            "other": other,
+            "against": against or "a random set of the same size",
+        }
+        for label, name, other, against in figures
+        if kept.get(name) is not None
     ]
+
+
+def _sampled_means(tables: RunTables) -> dict[str, float]:
+    """Mean margin and quality of the sample of all scored pairs; empty where there is none."""
+    if not tables.has("scored_sample"):
+        return {}
+    columns = {name: finite_values(tables.sample, name) for name in MEANS}
+    return {name: float(values.mean()) for name, values in columns.items() if len(values)}
 
 
 def comparison(tables: RunTables) -> Section:
-    """The kept set beside the baselines of the same size, and all pairs' mean terms."""
-    details = tables.details("selected")
-    sets = details.get("sets")
+    """The kept set beside the baselines of the same size, and the mean terms of all pairs."""
+    sets = tables.details("selected").get("sets")
     if not sets:
         raise Absent(
             "The manifest of the stage select holds no sets; select writes them when it compares "
             "baselines (select.compare)."
         )
-    order = {"fifa": 0, "random": 1}
+    order = {tables.strategy: 0, "random": 1}
     rows = sorted(sets.items(), key=lambda item: (order.get(item[0], 2), item[0]))
     notes = [] if len(rows) > 1 else ["No baseline was kept: select.compare is empty."]
-    values = {"sets": rows, "terms": details.get("terms") or {}}
+    values = {"sets": rows, "strategy": tables.strategy, "whole": _sampled_means(tables)}
     return Section(template="comparison.html.j2", values=values, notes=tuple(notes))

@@ -141,6 +141,12 @@ class RunTables:
             return {}
         return dict(json.loads(self.run.read_text("proof.json")))
 
+    @property
+    def strategy(self) -> str:
+        """How the kept pairs were chosen; `fifa` unless the manifest says otherwise."""
+        manifest = self.manifests.get("selected")
+        return str((manifest.config if manifest else {}).get("strategy", "fifa"))
+
     def reward_names(self) -> list[str]:
         """Reward models with a table or a manifest, sorted."""
         stages = {s.split("/", 1)[1] for s in self.manifests if s.startswith("rewards/")}

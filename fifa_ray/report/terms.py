@@ -18,7 +18,7 @@ def distributions(tables: RunTables) -> Section:
     sets = {"all": sample}
     notes = []
     try:
-        sets["fifa"] = tables.selected
+        sets["kept"] = tables.selected
     except Absent as absent:
         notes.append(str(absent))
     sets |= tables.baselines

@@ -228,14 +228,15 @@ def write_selection(
     dropped = {
         name: int(np.sum(scored.dropped_by == name)) for name in ("harmful", "quality_error")
     }
+    unscored = run.num_rows("pairs") - len(scored.pair_id)
     manifest(
         run,
         "selected",
-        len(scored.pair_id),
-        dropped | {"below_threshold": len(eligible) - len(chosen)},
+        run.num_rows("pairs"),
+        dropped | {"unscored": unscored, "not_selected": len(eligible) - len(chosen)},
         1.2,
         num_scored=len(scored.pair_id),
-        dropped=dropped,
+        dropped=dropped | {"unscored": unscored},
         threshold=float(scored.score[chosen[-1]]),
         sets={
             name: {
@@ -249,8 +250,8 @@ def write_selection(
             for name, rows in sets.items()
         },
         terms={
-            "reward_margin": {"mean": float(margin.mean()), "std": float(margin.std())},
-            "prompt_quality": {"mean": float(quality[index].mean()), "std": 1.8},
+            f"reward_margin_{name}": {"mean": float(v.mean()), "std": float(v.std())}
+            for name, v in scored.margins.items()
         },
         reward_models={
             name: {"agreement": float(np.mean(values > 0))}

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections import Counter
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy import stats
 
 from fifa_ray import schema
 from fifa_ray.config import ReportConfig
-from fifa_ray.report import charts, funnel, gallery
+from fifa_ray.report import charts, funnel, gallery, overview
 from fifa_ray.report.agreement import agreement, agreement_bins, wilson_interval
 from fifa_ray.report.formatting import MINUS
 from fifa_ray.report.prompts import project, prompt_map
@@ -28,7 +29,8 @@ def test_funnel_counts_equal_the_tables(run, page):
     at_ingest = Counter(row["reason"] for row in quarantine if row["stage"] == "pairs")
     unscored = {row["pair_id"] for row in quarantine if row["stage"].startswith("rewards/")}
     num_pairs = run.num_rows("pairs")
-    dropped = run.manifest("selected").details["dropped"]
+    sample = run.read_table("scored_sample").column("dropped_by").to_pylist()
+    dropped = Counter(reason for reason in sample if reason)
     eligible = num_pairs - len(unscored) - sum(dropped.values())
 
     counts = [
@@ -48,7 +50,7 @@ def test_funnel_counts_equal_the_tables(run, page):
     ]
     assert Counter(dict(lost[: len(at_ingest)])) == at_ingest
     assert lost[len(at_ingest)] == ("corrupt_image", len(unscored))
-    assert dict(lost[len(at_ingest) + 1 : -1]) == dropped
+    assert dict(lost[len(at_ingest) + 1 : -1]) == dict(dropped)
     assert lost[-1][1] == eligible - run.num_rows("selected")
     # Every step is the one before less what was lost there.
     assert counts[0] - sum(n for _, n in lost) == counts[-1]
@@ -191,3 +193,16 @@ def test_a_model_that_scored_nothing_is_left_out(run_copy):
     )
     section = agreement(RunTables(run_copy))
     assert section.values["names"] == ["pickscore", "hpsv2"]
+
+
+def test_a_baseline_as_the_selection_is_named_as_such(run_copy):
+    manifest = json.loads(run_copy.read_text("manifests", "selected.json"))
+    manifest["config"] = {"strategy": "random"}
+    num_pairs = run_copy.num_rows("pairs")
+    manifest["quarantined"] = {"not_selected": num_pairs - run_copy.num_rows("selected")}
+    run_copy.write_text(json.dumps(manifest), "manifests", "selected.json")
+    tables = RunTables(run_copy)
+    steps = funnel.build(tables).values["steps"]
+    assert steps[-2]["lost"][0]["reason"] == "not chosen by the strategy random"
+    assert steps[-2]["count"] == tables.details("selected")["num_scored"]
+    assert overview.comparison(tables).values["sets"][0][0] == "random"

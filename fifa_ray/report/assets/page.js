@@ -63,10 +63,10 @@
     if (event.key === "Escape") tooltip.hidden = true;
   });
 
-  // Paper cannot unfold: open what is folded, except what is hidden on purpose.
+  // Paper cannot unfold: open what is folded, except what is hidden on purpose and long prompts.
   let opened = [];
   window.addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll("details:not([open]):not(.sensitive)")];
+    opened = [...document.querySelectorAll("details:not([open]):not(.sensitive):not(.prompt)")];
     for (const element of opened) element.open = true;
   });
   window.addEventListener("afterprint", () => {
