@@ -199,8 +199,10 @@ def _in_order(function: Any, tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
             raise error.cause from None
         raise
     finally:
-        for ref in flying:
-            ray.cancel(ref)
+        # Those in flight are short, and what they write must not meet a next run's. They are waited
+        # for, not cancelled: cancelling a task as it ends can abort the driver (Ray 2.60).
+        if flying:
+            ray.wait(list(flying), num_returns=len(flying))
 
 
 @ray.remote(num_cpus=1)

@@ -415,6 +415,22 @@ def test_an_error_in_a_task_is_the_users_error(
     assert "Traceback" not in str(error.value)
 
 
+def test_an_error_waits_for_the_tasks_in_flight(tmp_path: Path, ray_session: Any) -> None:
+    """Else they would go on writing into the next run's tables."""
+
+    @ray_session.remote(num_cpus=0.5)
+    def work(index: int, folder: str) -> None:
+        if index == 0:
+            raise ValueError("the first one fails")
+        time.sleep(0.5)
+        (Path(folder) / str(index)).touch()
+
+    with pytest.raises(ValueError, match=r"^the first one fails$"):
+        list(ingest._in_order(work, [(i, str(tmp_path)) for i in range(20)]))
+    # Two tasks a core are in flight, and no more are begun.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3"]
+
+
 def test_prompts_that_are_not_utf8_are_put_aside(
     tmp_path: Path, settings: Any, ray_session: Any
 ) -> None:
