@@ -27,6 +27,15 @@ def build(tables: RunTables) -> Section:
     read_lost = _reasons("pairs", counts, examples)
     num_in = num_pairs + sum(reason["count"] for reason in read_lost)
     scored = num_pairs - sum(rewards_lost.values())
+    found = tables.details("selected").get("num_scored", scored)
+    if found < scored:
+        rewards_lost["no score of every reward model"] = scored - found
+        scored = found
+    elif found > scored:
+        notes.append(
+            f"the selection saw {found:,} scored pairs, but the tables hold {scored:,}: "
+            "select ran on other rewards than these; run it again."
+        )
     steps = [
         {"label": "Pairs in the source", "count": num_in, "lost": read_lost},
         {
@@ -44,7 +53,7 @@ def build(tables: RunTables) -> Section:
         steps.append({"label": "Pairs scored", "count": scored, "lost": []})
         notes.append("selected/ is not in this run yet; the stage select writes it.")
     else:
-        steps += _selection_steps(tables, scored, notes)
+        steps += _selection_steps(tables, scored)
     values = {
         "steps": steps,
         "most": max(1, num_in),
@@ -95,18 +104,12 @@ def pairs_lost_in_rewards(tables: RunTables) -> Counter[str]:
     return Counter(reasons[i] for i in first)
 
 
-def _selection_steps(tables: RunTables, scored: int, notes: list[str]) -> list[dict[str, Any]]:
+def _selection_steps(tables: RunTables, scored: int) -> list[dict[str, Any]]:
     manifest = tables.manifests.get("selected")
     quarantined = manifest.quarantined if manifest else {}
     dropped = {r: n for r, n in quarantined.items() if r not in ("unscored", "not_selected") and n}
     kept = tables.run.num_rows("selected")
     eligible = scored - sum(dropped.values())
-    found = tables.details("selected").get("num_scored", scored)
-    if found != scored:
-        notes.append(
-            f"the selection saw {found:,} scored pairs, but the tables hold {scored:,}: "
-            "select ran on other rewards than these; run it again."
-        )
     return [
         {
             "label": "Pairs scored",
@@ -119,7 +122,9 @@ def _selection_steps(tables: RunTables, scored: int, notes: list[str]) -> list[d
         {
             "label": "Pairs that pass every hard filter" if dropped else "Pairs to choose from",
             "count": eligible,
-            "lost": [{"reason": _beyond(tables), "count": eligible - kept, "examples": []}],
+            "lost": [{"reason": _beyond(tables), "count": eligible - kept, "examples": []}]
+            if eligible > kept
+            else [],
         },
         {"label": "Pairs kept", "count": kept, "lost": []},
     ]
@@ -135,7 +140,9 @@ def _beyond(tables: RunTables) -> str:
     threshold = tables.details("selected").get("threshold")
     if threshold is None:
         return "beyond the selection size"
-    return f"importance score below that of the last kept pair ({threshold:.3f})"
+    reason = f"importance score below that of the last kept pair ({threshold:.3f})"
+    limit = (manifest.config if manifest else {}).get("max_pairs_per_prompt")
+    return reason if limit is None else f"{reason}, or more than {limit} pairs of one prompt"
 
 
 def _prompt_counts(tables: RunTables) -> list[tuple[str, int]]:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -206,3 +207,15 @@ def test_a_baseline_as_the_selection_is_named_as_such(run_copy):
     assert steps[-2]["lost"][0]["reason"] == "not chosen by the strategy random"
     assert steps[-2]["count"] == tables.details("selected")["num_scored"]
     assert overview.comparison(tables).values["sets"][0][0] == "random"
+
+
+def test_pairs_that_select_found_without_a_score_are_counted_too(run_copy):
+    manifest = json.loads(run_copy.read_text("manifests", "selected.json"))
+    manifest["details"]["num_scored"] -= 7
+    run_copy.write_text(json.dumps(manifest), "manifests", "selected.json")
+    steps = funnel.build(RunTables(run_copy)).values["steps"]
+    assert ("no score of every reward model", 7) in [
+        (r["reason"], r["count"]) for r in steps[1]["lost"]
+    ]
+    for one, following in pairwise(steps):
+        assert one["count"] - sum(r["count"] for r in one["lost"]) == following["count"]
