@@ -18,7 +18,7 @@ def connect(config: RayConfig) -> None:
 
     Does nothing when this process is connected already, so that a notebook keeps its cluster.
     """
-    quiet_ray_data()
+    quiet_ray()
     if ray.is_initialized():
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
@@ -26,6 +26,8 @@ def connect(config: RayConfig) -> None:
         ray.init(address=address, runtime_env=config.runtime_env, log_to_driver=False)
     else:
         _listen_on_loopback_only()
+        # Ray's core warns on the terminal, as an error, of each actor pool that Ray Data makes.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(
             address="local",
             num_cpus=config.num_cpus,
@@ -33,7 +35,7 @@ def connect(config: RayConfig) -> None:
             runtime_env=config.runtime_env,
             include_dashboard=False,
             log_to_driver=False,
-            logging_level=logging.WARNING,
+            configure_logging=False,
         )
     resources = ray.cluster_resources()
     logger.info(
@@ -55,13 +57,13 @@ def _listen_on_loopback_only() -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
 
 
-def quiet_ray_data() -> None:
-    """Our own progress lines replace Ray Data's bars and its per-execution chatter."""
+def quiet_ray() -> None:
+    """Our own progress lines replace Ray Data's bars and Ray's notices of what it is doing."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    for name in ("ray.data", "ray.data._internal"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def gpus_per_actor(actors: ActorsConfig) -> float:
