@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,22 @@ logger = logging.getLogger(__name__)
 
 REWARD_WEIGHTS = Path(__file__).parent / "weights" / "reward"
 WORLD_PAIRS = 24_000
+WORLD_PROMPTS = 2_200
 WORLD_SEED = 0
 
 
 def run_demo(
-    run_dir: str, overrides: Sequence[str] = (), *, num_pairs: int = WORLD_PAIRS
+    run_dir: str,
+    overrides: Sequence[str] = (),
+    *,
+    num_pairs: int = WORLD_PAIRS,
+    num_prompts: int = WORLD_PROMPTS,
 ) -> tuple[RunDir, list[str]]:
     """Filter the embedded world into `run_dir`; returns the run and what it proves, as lines.
 
     The filter sees the dataset alone; the truth beside it is read when the filter has finished.
     """
-    world = make_world(Path(run_dir) / "world", num_pairs)
+    world = make_world(Path(run_dir) / "world", num_pairs, num_prompts)
     run = run_filter(demo_config(run_dir, world, overrides), write_page=False)
     proof = prove_run(run, world)
     run.write_text(json.dumps(proof_for_report(proof), indent=2), "proof.json")
@@ -38,13 +44,15 @@ def run_demo(
     return run, proof_lines(proof)
 
 
-def make_world(folder: Path, num_pairs: int) -> Path:
-    """Generate the world into a folder, unless it is there already."""
+def make_world(folder: Path, num_pairs: int, num_prompts: int) -> Path:
+    """Generate the world into a folder, unless it is there already, whole and of this size."""
     complete = folder / "complete.json"
-    wanted = json.dumps({"num_pairs": num_pairs, "seed": WORLD_SEED})
+    settings = {"num_pairs": num_pairs, "num_prompts": num_prompts, "seed": WORLD_SEED}
+    wanted = json.dumps(settings)
     if not (complete.is_file() and complete.read_text() == wanted):
         logger.info("demo: drawing %s pairs of images into %s", f"{num_pairs:,}", folder)
-        generate_world(folder, num_pairs=num_pairs, seed=WORLD_SEED)
+        shutil.rmtree(folder, ignore_errors=True)
+        generate_world(folder, **settings)
         complete.write_text(wanted)
     return folder
 
