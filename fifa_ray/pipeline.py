@@ -7,13 +7,14 @@ from typing import Any
 from fifa_ray.config import ConfigError, FifaConfig, RewardConfig, dump_config, load_config
 from fifa_ray.engine.cluster import connect
 from fifa_ray.engine.embed import run_embed
-from fifa_ray.engine.ingest import run_ingest, stage_table
+from fifa_ray.engine.ingest import run_ingest
 from fifa_ray.engine.judge import run_judge
 from fifa_ray.engine.neighbors import run_neighbors
 from fifa_ray.engine.rewards import run_rewards
 from fifa_ray.engine.select import run_select
 from fifa_ray.report import write_report
 from fifa_ray.run_dir import RunDir
+from fifa_ray.sources import stage_table
 
 
 SAVED_CONFIG = "config.yaml"
