@@ -252,7 +252,7 @@ class NeighborsConfig(Section):
     )
     exact_below: int = Field(50_000, ge=0, description="Prompts under which auto is exact.")
     num_lists: int | None = Field(
-        None, ge=1, description="Cells of the coarse quantizer; null: about 4 sqrt(prompts)."
+        None, ge=1, description="Cells of the coarse quantizer; null: about 8 sqrt(prompts)."
     )
     num_probes: int | None = Field(
         None, ge=1, description="Cells searched per query; null: raised until target_recall."

@@ -12,6 +12,7 @@ absolute figures of a shared machine say little.
 import click
 
 from jobs.benchmarks.memory import memory
+from jobs.benchmarks.neighbors import neighbors
 from jobs.benchmarks.score import score
 from jobs.benchmarks.select import select
 
@@ -23,7 +24,7 @@ def main() -> None:
     """Measure one part of fifa-ray."""
 
 
-for command in (score, select, memory):
+for command in (score, neighbors, select, memory):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -1,45 +1,38 @@
 """The approximate self-join on Ray: k nearest neighbours of every vector, cell by cell.
 
-    parts ─ fit ─► index ─ assign, regroup ─► shards ─ seed ─► reach ─ tune ─► rule ─ join ─► distances
+    parts ─ fit ─► index ─ regroup ─► shards ─ seed ─► reach ─ tune ─► rule ─ join ─► distances
 
-`fit` finds axes and centers on a sample; `regroup` sorts all vectors by cell, cells near each other
-together, and cuts that order into shards of equal length (a crowded cell is simply cut, so no task
-is huge). `seed` compares each cell with the few nearest ones of its shard, which bounds the k-th
-distance of every query. On a sample of queries with their true neighbours, `tune` finds the cheapest
-rule that keeps enough of them. `join` takes one shard as queries and goes through all the shards.
-Another sample says what recall came out.
+`regroup` sorts all vectors by cell and cuts that order into shards (`cell_shards.py`). `seed`
+compares each cell with the few nearest ones of its shard, which bounds the k-th distance of every
+query. On a sample of queries with their true neighbours, `tune` finds the cheapest rule that keeps
+enough of them. `join` takes one shard as queries and goes through all the shards. Another sample
+says what recall came out.
 
-The shards live in Ray's object store, which spills to disk: 4 (D + P) bytes a vector, twice that
-while regrouping. A join task maps two shards at a time and needs about (12 k + 4 P + 40) bytes per
-row of a shard and 100 MB beside. Index, rule and finished shards are kept in the partial folder.
-Nothing depends on the number of CPUs, so results are the same on every cluster.
+A join task maps two shards at a time and needs about (12 k + 4 P + 40) bytes per row of a shard and
+100 MB beside. Index, rule and finished shards are kept in the partial folder. Nothing depends on
+the number of CPUs, so results are the same on every cluster.
 """
 
 import json
-import logging
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from fifa_ray import schema
 from fifa_ray.config import NeighborsConfig
+from fifa_ray.engine.cell_shards import Shard, fitted_index, regroup, rows_per_shard
 from fifa_ray.engine.progress import Progress
 from fifa_ray.run_dir import RunDir, part_name
 from fifa_ray.scoring.cell_index import (
     CellIndex,
     Sample,
     SearchRule,
-    cell_spread,
-    principal_axes,
-    sketch,
-    spatial_order,
+    recall,
+    relative_errors,
     tune,
 )
 from fifa_ray.scoring.neighbor_join import (
@@ -53,41 +46,13 @@ from fifa_ray.scoring.neighbor_join import (
     cells_in_reach,
 )
 
-logger = logging.getLogger(__name__)
-
-_AXES_SAMPLE = 20_000
-_ROWS_PER_CENTER = 32
-_KMEANS_ITERATIONS = 8
 # Rows are first compared with about this many cells, and with at most so many rows.
 _SEED_CELLS = 12
 _SEED_ROWS = 8_192
-_SHARDS = 16
-_SHARD_ROWS = (4_096, 262_144)
 # Distances nearer than this are not told apart: float32 products could not.
 SETTLED_DISTANCE = 1e-3
 # A finite sample may flatter: aim this share of the permitted loss above the target.
 _CAUTION = 0.2
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Consecutive rows in the order of cells; `rows` are their places in the order of prompts."""
-
-    first_row: int
-    rows: Ints
-    cells: NDArray[np.int32]
-    vectors: Floats
-    sketch: Floats
-
-    def block(self, products: Products) -> Block:
-        """What the kernel takes."""
-        return Block(self.first_row, self.vectors, self.sketch, products)
-
-    def cell_slices(self) -> tuple[Ints, list[slice]]:
-        """The cells that the shard has rows of, and where those are."""
-        starts = np.flatnonzero(np.diff(self.cells, prepend=-1))
-        stops = np.append(starts[1:], len(self.cells))
-        return self.cells[starts], [slice(int(a), int(b)) for a, b in zip(starts, stops, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -107,19 +72,6 @@ def products_on(num_gpus: float) -> Products:
     return TorchProducts("cuda")
 
 
-def read_vectors(run: RunDir, part: str) -> Floats:
-    """The embeddings (rows, D) of one part; raises ValueError unless they are unit vectors."""
-    vectors = schema.embedding_matrix(run.read_table("embeddings", part, columns=["embedding"]))
-    norms = np.einsum("nd,nd->n", vectors, vectors)
-    wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
-    if len(wrong):
-        raise ValueError(
-            f"expected unit vectors in {run.path('embeddings', part)}, found one of length "
-            f"{math.sqrt(norms[wrong[0]]):.4g} in row {wrong[0]}; run the embed stage again"
-        )
-    return vectors
-
-
 def approximate_distances(
     run: RunDir,
     partial: RunDir,
@@ -127,16 +79,17 @@ def approximate_distances(
     config: NeighborsConfig,
     seed: int,
 ) -> JoinResult:
-    """k-th neighbour distances of all rows of `embeddings/`, given its parts and their row counts."""
+    """k-th neighbour distances of all rows of `embeddings/`, given its parts (name, rows)."""
     total = sum(rows for _, rows in parts)
-    num_cells = min(config.num_lists or max(1, round(4 * math.sqrt(total))), total)
-    index = _fitted_index(run, partial, parts, num_cells, seed)
+    index = fitted_index(run, partial, parts, config.num_lists, seed)
     num_shards = -(-total // rows_per_shard(total))
     todo = sorted(set(range(num_shards)) - {number_of(name) for name in partial.list("joined")})
     if todo:
-        shards = _regroup(run, parts, index)
+        shards = regroup(run, parts, index)
         plan = _Plan(partial, config, ray.put(index), shards, total)
-        seeds = [_seed.options(num_gpus=config.num_gpus).remote(s, plan.index, config) for s in shards]
+        seeds = [
+            _seed.options(num_gpus=config.num_gpus).remote(s, plan.index, config) for s in shards
+        ]
         rule, check = _tuned_rule(plan, seeds, index, seed)
         _join_all(plan, seeds, rule, check, todo)
     return _collected(partial, index, total)
@@ -153,137 +106,6 @@ class _Plan:
     @property
     def shard_rows(self) -> int:
         return rows_per_shard(self.total)
-
-
-def rows_per_shard(total: int) -> int:
-    """A sixteenth of all rows, between 4,096 and 262,144."""
-    return int(np.clip(-(-total // _SHARDS), *_SHARD_ROWS))
-
-
-# ── fit ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _fitted_index(
-    run: RunDir, partial: RunDir, parts: Sequence[tuple[str, int]], num_cells: int, seed: int
-) -> CellIndex:
-    if partial.exists("index.npz"):
-        with partial.filesystem.open_input_stream(partial.path("index.npz")) as stream:
-            return CellIndex.from_bytes(stream.read())
-    total = sum(rows for _, rows in parts)
-    size = min(total, max(_AXES_SAMPLE, num_cells * _ROWS_PER_CENTER))
-    chosen = np.sort(np.random.default_rng(seed).choice(total, size, replace=False))
-    starts = np.cumsum([0, *(rows for _, rows in parts)])
-    pieces = [
-        _sampled_vectors.remote(run, name, chosen[(chosen >= start) & (chosen < stop)] - start)
-        for (name, _), start, stop in zip(parts, starts[:-1], starts[1:], strict=True)
-    ]
-    index: CellIndex = ray.get(_fit.remote(num_cells, seed, *pieces))
-    with partial.open_atomic("index.npz") as stream:
-        stream.write(index.to_bytes())
-    return index
-
-
-@ray.remote
-def _sampled_vectors(run: RunDir, part: str, rows: Ints) -> Floats:
-    return read_vectors(run, part)[rows]
-
-
-@ray.remote
-def _fit(num_cells: int, seed: int, *pieces: Floats) -> CellIndex:
-    vectors = np.concatenate(pieces)
-    order = np.random.default_rng(seed).permutation(len(vectors))
-    axes = principal_axes(vectors[order[:_AXES_SAMPLE]])
-    sketches = sketch(vectors[order[: max(num_cells * _ROWS_PER_CENTER, num_cells)]], axes)
-    faiss.omp_set_num_threads(1)
-    kmeans = faiss.Kmeans(
-        sketches.shape[1],
-        num_cells,
-        niter=_KMEANS_ITERATIONS,
-        seed=seed + 1,
-        min_points_per_centroid=1,
-        max_points_per_centroid=_ROWS_PER_CENTER,
-    )
-    kmeans.train(sketches)
-    centers = np.ascontiguousarray(kmeans.centroids[spatial_order(kmeans.centroids)])
-    index = CellIndex(axes, centers, np.ones(num_cells, np.float32))
-    return replace(index, spread_C=cell_spread(sketches, index.assign(sketches), centers))
-
-
-# ── regroup ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def _regroup(
-    run: RunDir, parts: Sequence[tuple[str, int]], index: CellIndex
-) -> list["ray.ObjectRef[Shard]"]:
-    total = sum(rows for _, rows in parts)
-    shard_rows = rows_per_shard(total)
-    num_shards = -(-total // shard_rows)
-    index_ref = ray.put(index)
-    assigned = [_assign.options(num_returns=2).remote(run, name, index_ref) for name, _ in parts]
-    counts = np.stack(ray.get([count for _, count in assigned]))
-    # Places of a part's rows of a cell: after the smaller cells, and after the parts before it.
-    start_of_cell = np.concatenate([[0], np.cumsum(counts.sum(axis=0))[:-1]])
-    starts = start_of_cell + np.cumsum(counts, axis=0) - counts
-    row_starts = np.cumsum([0, *(rows for _, rows in parts)])
-    pieces = []
-    for place, ((name, _), (cells, _)) in enumerate(zip(parts, assigned, strict=True)):
-        split = _split.options(num_returns=num_shards).remote(
-            run, name, cells, starts[place], int(row_starts[place]), shard_rows, num_shards
-        )
-        pieces.append([split] if num_shards == 1 else split)
-    return [
-        _gather.remote(shard * shard_rows, index_ref, *(split[shard] for split in pieces))
-        for shard in range(num_shards)
-    ]
-
-
-@ray.remote
-def _assign(
-    run: RunDir, part: str, index: CellIndex
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    cells = index.assign(index.sketch(read_vectors(run, part)))
-    return cells, np.bincount(cells, minlength=index.num_cells)
-
-
-@ray.remote
-def _split(
-    run: RunDir,
-    part: str,
-    cells: NDArray[np.int32],
-    starts: Ints,
-    first_row: int,
-    shard_rows: int,
-    num_shards: int,
-) -> Any:
-    """For each shard: the places, row numbers, cells and vectors that this part gives it."""
-    vectors = read_vectors(run, part)
-    order = np.argsort(cells, kind="stable")
-    ranked = cells[order]
-    within = np.arange(len(ranked)) - np.searchsorted(ranked, ranked)
-    places = starts[ranked] + within
-    cuts = np.searchsorted(places, np.arange(1, num_shards) * shard_rows)
-    pieces = [
-        (places[group], first_row + order[group], ranked[group], vectors[order[group]])
-        for group in np.split(np.arange(len(places)), cuts)
-    ]
-    return pieces[0] if num_shards == 1 else pieces
-
-
-@ray.remote
-def _gather(first_row: int, index: CellIndex, *pieces: Any) -> Shard:
-    places = np.concatenate([piece[0] for piece in pieces]) - first_row
-    rows = np.empty(len(places), np.int64)
-    cells = np.empty(len(places), np.int32)
-    vectors = np.empty((len(places), index.axes_DA.shape[0]), np.float32)
-    start = 0
-    for piece in pieces:
-        here = places[start : start + len(piece[0])]
-        rows[here], cells[here], vectors[here] = piece[1], piece[2], piece[3]
-        start += len(piece[0])
-    return Shard(first_row, rows, cells, vectors, index.sketch(vectors))
-
-
-# ── seed and tune ────────────────────────────────────────────────────────────────────────────────
 
 
 @ray.remote
@@ -316,17 +138,22 @@ def _take(shard: Shard, seeded: Nearest, places: Ints) -> tuple[Floats, Floats]:
 
 @ray.remote
 def _nearest_in(
-    shard: Shard, config: NeighborsConfig, vectors: Floats
+    shard: Shard, index: CellIndex, config: NeighborsConfig, vectors: Floats, reach: Floats
 ) -> tuple[Floats, Ints, Floats, NDArray[np.int32]]:
-    """The k + 1 rows of a shard nearest to each vector: squared, row, sketch, cell. Exact."""
+    """The k + 1 rows of a shard nearest to each vector: squared, row, sketch, cell.
+
+    Exact, as far as rows are within `reach`: sketches are never farther apart than their vectors.
+    """
     products = products_on(config.num_gpus)
-    whole = Block(shard.first_row, shard.vectors, shard.vectors, products)
     # Rows of no shard, so that none is taken for the query itself.
-    query = Block(-len(vectors), vectors, vectors, products)
+    query = Block(-len(vectors), vectors, index.sketch(vectors), products)
     nearest = Nearest(len(vectors), config.num_neighbors + 1)
-    Join(products, shrinkage=1.0, settled=SETTLED_DISTANCE).search(nearest, query, whole)
+    nearest.squared_Qk[:] = reach[:, None] * np.float32(1 + 1e-5) + np.float32(1e-9)
+    join = Join(products, shrinkage=1.0, settled=SETTLED_DISTANCE)
+    join.search(nearest, query, shard.block(products))
     found = np.maximum(nearest.rows_Qk - shard.first_row, 0)
-    return nearest.squared_Qk, nearest.rows_Qk, shard.sketch[found], shard.cells[found]
+    squared = np.where(nearest.rows_Qk < 0, np.inf, nearest.squared_Qk)
+    return squared, nearest.rows_Qk, shard.sketch[found], shard.cells[found]
 
 
 def _true_neighbors(
@@ -344,10 +171,14 @@ def _true_neighbors(
     )
     vectors = np.concatenate([piece[0] for piece in taken])
     reach = np.concatenate([piece[1] for piece in taken])
-    vectors_ref = ray.put(vectors)
+    queries = ray.put(vectors), ray.put(reach)
     task = _nearest_in.options(num_gpus=plan.config.num_gpus)
-    found = ray.get([task.remote(shard, plan.config, vectors_ref) for shard in plan.shards])
-    squared, places, sketches, cells = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    found = ray.get(
+        [task.remote(shard, plan.index, plan.config, *queries) for shard in plan.shards]
+    )
+    squared, places, sketches, cells = (
+        np.concatenate(parts, axis=1) for parts in zip(*found, strict=True)
+    )
     # The row itself is no neighbour; should its copies have crowded it out, the last one goes.
     squared = np.where(places == rows[:, None], np.inf, squared)
     kept = np.argsort(squared, axis=1, kind="stable")[:, : plan.config.num_neighbors]
@@ -362,7 +193,7 @@ def _true_neighbors(
 
 @dataclass(frozen=True)
 class _Check:
-    """The rows whose recall is measured (places in the order of cells), and their true distances."""
+    """Rows whose recall is measured (places in the order of cells), and their true distances."""
 
     rows: Ints
     true_squared_Qk: Floats
@@ -394,9 +225,6 @@ def _kept_rule(partial: RunDir) -> tuple[SearchRule, _Check]:
     return rule, _Check(table.column("row").to_numpy(), _matrix(table.column("squared")))
 
 
-# ── join ─────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _join_all(
     plan: _Plan,
     seeds: Sequence["ray.ObjectRef[Nearest]"],
@@ -426,7 +254,7 @@ def _join_shard(
     query = own.block(products)
     nearest = seeded.copy()
     # By the seeds alone, as tuned: what is searched does not depend on what was found meanwhile.
-    threshold = join.thresholds(seeded)
+    threshold = join.limits(seeded, rule.cell_shrinkage)
     margin = np.float32(rule.deviations) * index.spread_C
     compared = 0
     for other in sorted(range(len(plan.shards)), key=lambda n: abs(n - number)):
@@ -442,7 +270,9 @@ def _join_shard(
         part_name(number),
     )
     joined = pa.table({"row": own.rows, "distance": np.sqrt(nearest.squared_Qk[:, -1])})
-    joined = joined.append_column("compared", pa.array(np.full(len(joined), compared // len(joined))))
+    joined = joined.append_column(
+        "compared", pa.array(np.full(len(joined), compared // len(joined)))
+    )
     plan.partial.write_table(joined, "joined", part_name(number))
     return len(joined)
 
@@ -454,13 +284,13 @@ def _collected(partial: RunDir, index: CellIndex, total: int) -> JoinResult:
     distances[joined.column("row").to_numpy()] = joined.column("distance").to_numpy()
     found = np.sqrt(_matrix(partial.read_table("checked").column("squared")))
     true = np.sqrt(check.true_squared_Qk)
-    error = relative_errors(found[:, -1], true[:, -1])
+    error = relative_errors(found[:, -1], true[:, -1], SETTLED_DISTANCE)
     return JoinResult(
         distances,
         {
             "num_lists": index.num_cells,
             "num_probes": round(rule.num_probes, 2),
-            "recall": recall(found, true),
+            "recall": recall(found, true, SETTLED_DISTANCE),
             "recall_sample": len(true),
             "relative_error_median": float(np.median(error)),
             "relative_error_p95": float(np.quantile(error, 0.95)),
@@ -469,18 +299,6 @@ def _collected(partial: RunDir, index: CellIndex, total: int) -> JoinResult:
             "search_rule": asdict(rule),
         },
     )
-
-
-def recall(found_Qk: Floats, true_Qk: Floats) -> float:
-    """Mean share of the k true neighbours found, by distance, so that any of equals will do."""
-    reach = np.maximum(true_Qk[:, -1:] * (1 + 1e-5), SETTLED_DISTANCE)
-    return float((found_Qk <= reach).mean())
-
-
-def relative_errors(found_Q: Floats, true_Q: Floats) -> Floats:
-    """How much too long each distance is; distances under 1e-3 count as 1e-3."""
-    found, true = np.maximum(found_Q, np.float32(SETTLED_DISTANCE)), np.maximum(true_Q, np.float32(SETTLED_DISTANCE))
-    return (found - true) / true
 
 
 def number_of(name: str) -> int:
