@@ -175,6 +175,6 @@ def _rows_of(selection: pa.Table, embeddings: pa.Table) -> np.ndarray:
     if (unknown := known[at] != wanted).any():
         raise ValueError(
             f"expected an embedding of every selected prompt_id, found none of"
-            f" {int(unknown.sum()):,} (first: {wanted[unknown][0]}); the embeddings are another run's"
+            f" {int(unknown.sum()):,} (first: {wanted[unknown][0]}); they are another run's"
         )
     return at

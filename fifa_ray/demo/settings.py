@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 Rgb = tuple[int, int, int]
+Painter = Callable[[int, np.random.Generator], Image.Image]
 SUPERSAMPLE = 3
 
 
@@ -233,7 +234,7 @@ def _room(side: int, rng: np.random.Generator) -> Image.Image:
     return canvas
 
 
-def _at_size(paint: Callable[[int, np.random.Generator], Image.Image]):  # type: ignore[no-untyped-def]
+def _at_size(paint: Painter) -> Painter:
     def painter(image_size: int, rng: np.random.Generator) -> Image.Image:
         """Paint large, return the size wanted."""
         large = paint(SUPERSAMPLE * image_size, rng)
@@ -242,7 +243,7 @@ def _at_size(paint: Callable[[int, np.random.Generator], Image.Image]):  # type:
     return painter
 
 
-PAINTERS: dict[str, Callable[[int, np.random.Generator], Image.Image]] = {
+PAINTERS: dict[str, Painter] = {
     name: _at_size(paint)
     for name, paint in {
         "night": _night, "beach": _beach, "forest": _forest, "city": _city, "sunset": _sunset,

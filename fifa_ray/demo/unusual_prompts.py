@@ -13,6 +13,7 @@ from fifa_ray.demo.wording import CLOSERS, NOUNS, SETTING_WORDS, describe, plura
 
 
 def vague(rng: np.random.Generator) -> tuple[str, str, Scene]:
+    """Says nothing that could be drawn wrong."""
     adjective = choose(rng, (
         "nice", "cool", "good", "pretty", "amazing", "random", "interesting", "beautiful", "weird",
         "great", "new", "special", "awesome", "lovely", "simple", "fun",
@@ -30,6 +31,8 @@ def vague(rng: np.random.Generator) -> tuple[str, str, Scene]:
 
 
 def junk(rng: np.random.Generator) -> tuple[str, str, Scene]:
+    """Not a description at all; the theme says of which sort."""
+
     def letters(low: int, high: int, alphabet: str = string.ascii_lowercase) -> str:
         return "".join(choose(rng, alphabet) for _ in range(int(rng.integers(low, high))))
 
@@ -81,6 +84,7 @@ def junk(rng: np.random.Generator) -> tuple[str, str, Scene]:
 
 
 def contradictory(rng: np.random.Generator) -> tuple[str, str, Scene]:
+    """Cannot be drawn."""
     noun = NOUNS[choose(rng, SHAPES)][0]
     one, many = with_article(noun), plural(noun)
     first, second = (("red", "blue", "green", "yellow", "white")[i] for i in rng.permutation(5)[:2])
@@ -142,6 +146,7 @@ _HARMFUL: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def harmful(rng: np.random.Generator) -> tuple[str, str, Scene]:
+    """Harmful in one of five categories (the theme); half of them ask for a scene besides."""
     category = choose(rng, tuple(_HARMFUL))
     who, what = (choose(rng, part) for part in _HARMFUL[category])
     text, scene = f"{who} {what}", Scene()

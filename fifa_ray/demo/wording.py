@@ -54,13 +54,15 @@ CLOSERS = (
 
 
 def plural(noun: str) -> str:
-    for singular, plural in PLURALS.items():
+    """The plural of one of `NOUNS`."""
+    for singular, many in PLURALS.items():
         if noun.endswith(singular):
-            return noun.removesuffix(singular) + plural
+            return noun.removesuffix(singular) + many
     return noun + "s"
 
 
 def with_article(phrase: str) -> str:
+    """The phrase after "a" or "an"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
