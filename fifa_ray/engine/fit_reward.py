@@ -319,8 +319,8 @@ def describe_fit(manifest: Manifest) -> list[str]:
         f"Pairwise accuracy on held-out prompts: {held_out['pairwise_accuracy']:.3f} "
         f"(95% interval {low:.3f} to {high:.3f}; by fold {by_fold})",
         f"Log loss: {held_out['log_loss']:.3f} (a coin's: {held_out['log_loss_of_a_coin']:.3f})",
-        "Sure of itself, and right, from the least to the most certain fifth: "
-        + ", ".join(f"{r['predicted']:.2f} {r['observed']:.2f}" for r in held_out["calibration"]),
+        "Predicted and observed accuracy, from the least to the most certain fifth: "
+        + ", ".join(f"{r['predicted']:.2f}/{r['observed']:.2f}" for r in held_out["calibration"]),
     ]
     if info["encoder"]["weights"] is None:
         lines.append(
