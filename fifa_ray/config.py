@@ -508,7 +508,14 @@ def _list_index(here: list[Any], step: str, override: str) -> int:
 
 def _explain(error: ValidationError) -> str:
     lines = []
-    for problem in error.errors():
+    problems = error.errors()
+    for problem in problems:
+        depth = len(problem["loc"])
+        inside = (
+            p for p in problems if len(p["loc"]) > depth and p["loc"][:depth] == problem["loc"]
+        )
+        if problem["type"] == "too_short" and any(inside):
+            continue  # pydantic counts only good items; the bad ones are named on their own
         place = ".".join(str(step) for step in problem["loc"])
         if problem["type"] == "extra_forbidden":
             section = _section_at(problem["loc"][:-1])

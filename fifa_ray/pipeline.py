@@ -16,7 +16,6 @@ from fifa_ray.report import write_report
 from fifa_ray.run_dir import RunDir
 from fifa_ray.sources import stage_table
 
-
 SAVED_CONFIG = "config.yaml"
 
 
@@ -98,9 +97,8 @@ def fit_reward(config: FifaConfig) -> Iterator[str]:
     yield f"Rewards of these pairs, each by a model of other prompts: {run.path(manifest.stage)}"
     if "held_out" in manifest.details:
         yield f"Model for other data (weights of a reward of kind fitted): {folder}"
-    if not found:
-        yield "To filter with it, configure rewards: [{name: fitted, kind: fitted}] and type:"
-    yield f"  fifa filter CONFIG run_dir={config.run_dir}"
+    rewards = "" if found else f" 'rewards=[{{name: {reward.name}, kind: fitted}}]'"
+    yield f"Next: fifa filter CONFIG{rewards}  (the rewards are not computed again)"
 
 
 def open_run(run_uri: str, overrides: Sequence[str] = ()) -> tuple[RunDir, FifaConfig]:
