@@ -30,7 +30,7 @@ PAIRS = pa.schema(
         pa.field("source_file", pa.dictionary(pa.int32(), pa.string()), nullable=False),
         pa.field("source_row", pa.int64(), nullable=False),
         # What a pass over the images reads at once: the row group of a parquet source with image
-    # bytes, else a few hundred rows.
+        # bytes, else a few hundred rows.
         pa.field("source_group", pa.int32(), nullable=False),
         # Where the source finds the image: a column name, an archive member, a path or a URL.
         pa.field("chosen_ref", pa.string(), nullable=False),

@@ -28,7 +28,9 @@ ROW_GROUP = 200
 def world(tmp_path_factory) -> Path:
     """A small world in one file of seven row groups."""
     folder = tmp_path_factory.mktemp("world")
-    generate_world(folder, num_pairs=NUM_PAIRS, num_prompts=140, seed=5, num_files=1, num_processes=1)
+    generate_world(
+        folder, num_pairs=NUM_PAIRS, num_prompts=140, seed=5, num_files=1, num_processes=1
+    )
     file = next((folder / "data").glob("*.parquet"))
     pq.write_table(pq.read_table(file), file, row_group_size=ROW_GROUP)
     return folder
@@ -185,11 +187,11 @@ def test_a_killed_scorer_loses_no_row(ray_session, undisturbed, world, tmp_path)
     def kill_a_scorer() -> None:
         while not killed.is_set():
             for entry in Path("/proc").iterdir():
-                if entry.name.isdigit() and b"LoadAndScore" in _command_of(entry):
-                    if list(tmp_path.glob("partial/rewards.tiny-*/*.parquet")):
-                        os.kill(int(entry.name), signal.SIGKILL)
-                        killed.set()
-                        return
+                is_scorer = entry.name.isdigit() and b"LoadAndScore" in _command_of(entry)
+                if is_scorer and any(tmp_path.glob("partial/rewards.tiny-*/*.parquet")):
+                    os.kill(int(entry.name), signal.SIGKILL)
+                    killed.set()
+                    return
             time.sleep(0.01)
 
     killer = threading.Thread(target=kill_a_scorer, daemon=True)

@@ -89,7 +89,9 @@ class ClipReward:
         self._rescale, self._clean_text = rescale, clean_text
         on_gpu = torch.device(device).type == "cuda"
         self._image_batch = LargestBatch(batch_size or (256 if on_gpu else 32), "images")
-        self._text_batch = LargestBatch(batch_size or (512 if on_gpu else 32), "prompts")
+        # On CPUs one text at a time, which costs nothing there: the last bits of its features must
+        # not depend on the texts that happened to be new with it, or a rerun could choose others.
+        self._text_batch = LargestBatch((batch_size or 512) if on_gpu else 1, "prompts")
         self._text_cache: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._text_cache_size = text_cache_size
 
