@@ -7,6 +7,7 @@ failed ones are asked again by the next run that needs them.
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,13 @@ def run_judge(run: RunDir, config: FifaConfig) -> Manifest:
             return judge_with_vllm(rows, judge)
         return rows.map_batches(
             JudgePrompts,
-            fn_constructor_args=(judge, "cuda" if gpus_per_actor(judge.actors) else "cpu", notes),
+            fn_constructor_kwargs={
+                "judge": judge,
+                "device": "cuda" if gpus_per_actor(judge.actors) else "cpu",
+                "notes": notes,
+                # The user sets it where the command runs; actors may have started long before.
+                "api_key": os.environ.get(judge.api_key_env) if judge.engine == "openai" else None,
+            },
             batch_size=None,
             batch_format="pyarrow",
             **judge_pool(judge),
@@ -119,7 +126,9 @@ def judge_pool(judge: JudgeConfig) -> dict[str, Any]:
 class JudgePrompts:
     """An actor that judges blocks of prompts with an engine that answers in batches."""
 
-    def __init__(self, judge: JudgeConfig, device: str, notes: RunDir) -> None:
+    def __init__(
+        self, judge: JudgeConfig, device: str, notes: RunDir, api_key: str | None = None
+    ) -> None:
         """`notes`: where it leaves what the manifest says about the model."""
         if judge.engine == "transformers" and device == "cpu":
             import torch
@@ -130,7 +139,7 @@ class JudgePrompts:
             clients = judge.actors.max_actors or judge.actors.min_actors
             share = judge.requests_per_minute / clients
             judge = judge.model_copy(update={"requests_per_minute": share})
-        self._judge = build_judge(judge, device)
+        self._judge = build_judge(judge, device, api_key)
         self._notes = notes
 
     def __call__(self, prompts: pa.Table) -> pa.Table:

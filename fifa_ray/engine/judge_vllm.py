@@ -12,7 +12,7 @@ import ray.data
 from fifa_ray import schema
 from fifa_ray.config import JudgeConfig
 from fifa_ray.engine.cluster import gpus_per_actor
-from fifa_ray.models.judge import JudgeReply
+from fifa_ray.models.judge import JudgeReply, is_too_long
 from fifa_ray.scoring import quality as rubric
 
 MAX_TOKENS = 32
@@ -112,27 +112,27 @@ class ReadVllm:
 
     def _read(self, row: dict[str, Any]) -> JudgeReply:
         if problem := row.get(ERROR_COLUMN):
-            long = any(word in problem.lower() for word in ("too long", "longer than", "max_model"))
-            return JudgeReply(quality_error="too_long" if long else "engine_error")
+            return JudgeReply(quality_error="too_long" if is_too_long(problem) else "engine_error")
         text = rubric.ANSWER_START + row["generated_text"]
         parsed = rubric.parse_quality_reply(text)
-        steps = [_by_text(step) for step in row["logprobs"]]
-        chosen = [
-            str(entries[token]["decoded_token"])
-            for entries, token in (
-                ({int(k): v for k, v in step.items() if v is not None}, int(token))
-                for step, token in zip(row["logprobs"], row["generated_tokens"], strict=True)
-            )
+        steps = [_entries(step) for step in row["logprobs"]]
+        tokens = [
+            step[int(token)][0] for step, token in zip(steps, row["generated_tokens"], strict=True)
         ]
-        places = rubric.answer_token_indices(chosen)
+        places = rubric.answer_token_indices(tokens)
         if parsed.quality_error is None and places is not None:
-            parsed = rubric.reply_from_distributions(
-                steps[places[0]], steps[places[1]], self._harmful_threshold
-            )
+            harm, quality = (dict(steps[place].values()) for place in places)
+            parsed = rubric.reply_from_distributions(harm, quality, self._harmful_threshold)
         return JudgeReply(
             parsed.prompt_quality, parsed.harmful, parsed.harm_category, parsed.quality_error, text
         )
 
 
-def _by_text(step: dict[Any, Any]) -> dict[str, float]:
-    return {str(v["decoded_token"]): float(v["logprob"]) for v in step.values() if v is not None}
+def _entries(step: dict[Any, Any]) -> dict[int, tuple[str, float]]:
+    """Token id to (text, log-probability) of one generated token's candidates."""
+    # Arrow turns a column of dicts into structs that have every row's keys, most of them null.
+    return {
+        int(token): (str(entry["decoded_token"]), float(entry["logprob"]))
+        for token, entry in step.items()
+        if entry is not None
+    }

@@ -31,8 +31,16 @@ class Judge(Protocol):
         ...
 
 
-def build_judge(config: JudgeConfig, device: str = "cpu") -> Judge:
+def is_too_long(message: str) -> bool:
+    """Whether an engine's complaint is about a prompt that its context cannot hold."""
+    text = message.lower()
+    return any(sign in text for sign in ("too long", "longer than", "context length", "max_model"))
+
+
+def build_judge(config: JudgeConfig, device: str = "cpu", api_key: str | None = None) -> Judge:
     """The judge of an engine that answers batches of prompts (`transformers` or `openai`).
+
+    `api_key`: the endpoint's, where the environment of this process does not hold it.
 
     Raises ValueError for `vllm`, whose actors Ray Data runs itself.
     """
@@ -59,6 +67,7 @@ def build_judge(config: JudgeConfig, device: str = "cpu") -> Judge:
             **common,
             endpoint=config.endpoint or "",
             api_key_env=config.api_key_env,
+            api_key=api_key,
             max_concurrency=config.max_concurrency,
             requests_per_minute=config.requests_per_minute,
             max_retries=config.max_retries,

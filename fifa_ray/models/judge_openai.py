@@ -19,7 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 import openai
 import tenacity
 
-from fifa_ray.models.judge import JudgeReply
+from fifa_ray.models.judge import JudgeReply, is_too_long
 from fifa_ray.scoring import quality as rubric
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ class UnusableAnswer(Exception):
 class OpenAIJudge:
     """Asks an endpoint about many prompts at once, within its limits.
 
-    The key is read from the environment variable `api_key_env` and kept in the client alone.
+    The key is read from the environment variable `api_key_env`, unless given, and kept in the
+    client alone.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class OpenAIJudge:
         model: str,
         endpoint: str,
         api_key_env: str = "OPENAI_API_KEY",
+        api_key: str | None = None,
         max_concurrency: int = 32,
         requests_per_minute: float | None = None,
         max_retries: int = 3,
@@ -93,7 +95,7 @@ class OpenAIJudge:
         self._counts: Counter[str] = Counter()
         self._client = openai.AsyncOpenAI(
             base_url=endpoint,
-            api_key=os.environ.get(api_key_env) or "none",
+            api_key=api_key or os.environ.get(api_key_env) or "none",
             timeout=timeout_seconds,
             max_retries=0,
         )
@@ -226,7 +228,7 @@ class OpenAIJudge:
             case openai.AuthenticationError():
                 return RuntimeError(
                     f"the judge's endpoint refuses the key (status 401); set the environment "
-                    f"variable {self._api_key_env} where the actors run"
+                    f"variable {self._api_key_env}"
                 )
             case openai.NotFoundError():
                 return RuntimeError(
@@ -235,7 +237,8 @@ class OpenAIJudge:
                     "judge.endpoint"
                 )
             case openai.BadRequestError() | openai.UnprocessableEntityError():
-                return UnusableAnswer("bad_request", retry=False)
+                reason = "too_long" if is_too_long(str(error)) else "bad_request"
+                return UnusableAnswer(reason, retry=False)
             case openai.APIStatusError() if error.status_code < 500:
                 return UnusableAnswer(f"status_{error.status_code}", retry=False)
             case openai.APIStatusError():
