@@ -25,7 +25,7 @@ Work = tuple[Ints, slice]
 
 # Elements of one product (its memory: 5 bytes each), pairs measured at once, pairs kept waiting.
 _PRODUCT_ELEMENTS = 1 << 20
-_MEASURED_PAIRS = 1 << 12
+_MEASURED_PAIRS = 1 << 9
 _WAITING_PAIRS = 1 << 17
 # Shape of a product where every query meets every row.
 _SEARCHED_QUERIES, _SEARCHED_ROWS = 256, 4096
@@ -57,8 +57,25 @@ class Products(Protocol):
         ...
 
 
+class Scratch:
+    """Memory used again and again: fresh pages for every product would take longer than it does."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, NDArray[Any]] = {}
+
+    def __call__(self, name: str, shape: tuple[int, int], dtype: Any = np.float32) -> NDArray[Any]:
+        """An array with anything in it; the next call with this name may overwrite it."""
+        size = shape[0] * shape[1]
+        if name not in self._held or self._held[name].size < size:
+            self._held[name] = np.empty(size, dtype)
+        return self._held[name][:size].reshape(shape)
+
+
 class HostProducts:
     """Matrix products by NumPy's BLAS."""
+
+    def __init__(self) -> None:
+        self._scratch = Scratch()
 
     def place(self, matrix: Floats) -> Floats:
         """The matrix as it is."""
@@ -68,16 +85,19 @@ class HostProducts:
         self, left: Floats, rows: Ints, right: Floats, columns: slice, threshold: Floats
     ) -> tuple[Ints, Ints]:
         """See `Products`."""
-        product = left[rows] @ right[columns].T
-        flat = np.flatnonzero(product > threshold[:, None])
+        product = self._product(left, rows, right[columns])
+        above = np.greater(product, threshold[:, None], out=self._scratch("b", product.shape, bool))
+        flat = np.flatnonzero(above)
         return flat // product.shape[1], flat % product.shape[1]
 
     def near_columns(
         self, left: Floats, rows: slice, right: Floats, columns: Ints, number: int, shift: int
     ) -> Ints:
         """See `Products`."""
-        product = left[rows] @ right[columns].T
-        itself = np.arange(rows.start, rows.stop) + shift
+        numbers = np.arange(rows.start, rows.stop)
+        database = self._scratch("right", (len(columns), right.shape[1]))
+        product = self._product(left, numbers, np.take(right, columns, 0, database, "clip"))
+        itself = numbers + shift
         product[columns[None, :] == itself[:, None]] = -np.inf
         width = group_width(len(columns), number)
         groups = len(columns) // width
@@ -85,6 +105,11 @@ class HostProducts:
         best = np.argpartition(grouped.max(axis=1), -number, axis=1)[:, -number:]
         inside = np.take_along_axis(grouped, best[:, None, :], axis=2).argmax(axis=1)
         return columns[inside * groups + best]
+
+    def _product(self, left: Floats, rows: Ints, right: Floats) -> Floats:
+        chosen = np.take(left, rows, 0, self._scratch("left", (len(rows), left.shape[1])), "clip")
+        product: Floats = self._scratch("product", (len(rows), len(right)))
+        return np.matmul(chosen, right.T, out=product)
 
 
 def group_width(num_columns: int, number: int) -> int:
@@ -226,11 +251,15 @@ class Join:
         other = queries + query.first_row != rows + block.first_row
         queries, rows = queries[other], rows[other]
         squared = np.empty(len(queries), np.float32)
+        width = query.vectors_BD.shape[1]
+        gap, there = np.empty((2, min(len(queries), _MEASURED_PAIRS), width), np.float32)
         for start in range(0, len(queries), _MEASURED_PAIRS):
-            piece = slice(start, start + _MEASURED_PAIRS)
-            gap = query.vectors_BD[queries[piece]]
-            gap -= block.vectors_BD[rows[piece]]
-            np.einsum("nd,nd->n", gap, gap, out=squared[piece])
+            piece = slice(start, min(start + _MEASURED_PAIRS, len(queries)))
+            size = piece.stop - piece.start
+            np.take(query.vectors_BD, queries[piece], 0, gap[:size], "clip")
+            np.take(block.vectors_BD, rows[piece], 0, there[:size], "clip")
+            gap[:size] -= there[:size]
+            np.einsum("nd,nd->n", gap[:size], gap[:size], out=squared[piece])
         nearest.add(queries, rows + block.first_row, squared)
 
 
