@@ -15,6 +15,7 @@ so labels go wrong mostly where two pictures are about equally good; small gaps 
 """
 
 import multiprocessing
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
@@ -108,7 +109,8 @@ def generate_world(
     for the same arguments (but for `num_processes`) and the same versions of Pillow and pyarrow.
     Worlds of different seeds share no image, and those of an even and an odd seed no prompt, but
     for empty ones. Processes are spawned: call this from an importable main module, or with
-    `num_processes=1`.
+    `num_processes=1`. The world appears under its name when it is complete: after an interruption
+    the same call starts anew.
 
     Raises FileExistsError where `directory/data` exists, ValueError where `num_pairs` is below
     `2 * num_prompts`.
@@ -118,9 +120,16 @@ def generate_world(
             f"expected at least two pairs for each of {num_prompts:,} prompts, found num_pairs ="
             f" {num_pairs:,}; lower num_prompts"
         )
-    data, truth = Path(directory) / "data", Path(directory) / "truth"
+    directory = Path(directory)
+    if (directory / "data").exists():
+        raise FileExistsError(
+            f"expected no world in {directory}, found its data folder; delete it or name another"
+        )
+    unfinished = directory / "unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    data, truth = unfinished / "data", unfinished / "truth"
     data.mkdir(parents=True)
-    truth.mkdir(parents=True, exist_ok=True)
+    truth.mkdir()
     sessions, prompts = _plan(num_pairs, num_prompts, seed)
     num_duplicated = num_pairs - sum(session.num_pairs for session in sessions)
     jobs = [
@@ -144,6 +153,10 @@ def generate_world(
     rows = [{"prompt": p.text, "kind": p.kind, "theme": p.theme} for p in prompts]
     table = pa.Table.from_pylist(rows, TRUTH_PROMPTS)
     pq.write_table(table, truth / "prompts.parquet", compression="zstd")
+    shutil.rmtree(directory / "truth", ignore_errors=True)
+    truth.rename(directory / "truth")
+    data.rename(directory / "data")
+    unfinished.rmdir()
 
 
 def _plan(num_pairs: int, num_prompts: int, seed: int) -> tuple[list[_Session], list[Prompt]]:

@@ -230,8 +230,18 @@ def test_better_generators_draw_more_useful_pictures(world: World) -> None:
     assert np.mean(utilities[GENERATORS[-1][0]]) > np.mean(utilities[GENERATORS[0][0]]) + 0.5
 
 
+def test_a_world_that_was_interrupted_is_made_anew(tmp_path: Path, world: World) -> None:
+    half = tmp_path / "unfinished" / "data"
+    half.mkdir(parents=True)
+    (half / "train-00000-of-00009.parquet").write_bytes(b"half")
+    (tmp_path / "truth").mkdir()
+    generate_world(tmp_path, num_pairs=120, num_prompts=50, num_files=1, num_processes=1)
+    assert len(read_world(tmp_path).rows) == 120
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "truth"]
+
+
 def test_an_existing_world_is_not_overwritten(world: World) -> None:
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match="delete it or name another"):
         generate_world(world.folder, num_pairs=120, num_prompts=50, num_processes=1)
     with pytest.raises(ValueError, match="at least two pairs"):
         generate_world(world.folder / "other", num_pairs=80, num_prompts=50)
