@@ -242,7 +242,7 @@ def _accumulators(config: FifaConfig, strategies: Sequence[Strategy]) -> dict[st
     sizes = {strategy: select.selection_size for strategy in strategies}
     pool = select.greedy_pool if select.selector == "greedy" else 1
     sizes[select.strategy] = int(select.selection_size * pool) + gallery
-    tops = {
+    tops: dict[str, TopK] = {
         name: TopK(size, max_pairs_per_prompt=select.max_pairs_per_prompt)
         for name, size in sizes.items()
     }

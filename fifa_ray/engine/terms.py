@@ -106,9 +106,7 @@ class Terms:
         )
 
 
-def read_terms(
-    run: RunDir, part: str, config: FifaConfig, of_prompt: PromptTerms
-) -> Terms:
+def read_terms(run: RunDir, part: str, config: FifaConfig, of_prompt: PromptTerms) -> Terms:
     """Join pairs/, every rewards/<name>/ and the prompt-level terms of one part."""
     pairs = run.read_table("pairs", part, columns=[schema.PAIR_ID, schema.PROMPT_ID])
     pair_id = _column(pairs, schema.PAIR_ID)

@@ -46,7 +46,10 @@ class ImageEncoderInfo:
 class ImageEncoder(Protocol):
     """Images to feature vectors."""
 
-    transform: ImageTransform
+    @property
+    def transform(self) -> ImageTransform:
+        """Decoded images to the arrays that `encode` takes; picklable, no weights."""
+        ...
 
     @property
     def info(self) -> ImageEncoderInfo:

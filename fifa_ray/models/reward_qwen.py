@@ -258,12 +258,13 @@ def load_hpsv3(
         raise ValueError(f"expected a chat template with the tokenizer in {base}, found none")
     tokenizer.add_tokens([AddedToken(REWARD_TOKEN, special=True)])
     rows = backbone["language_model.embed_tokens.weight"].shape[0]
-    if tokenizer.convert_tokens_to_ids(REWARD_TOKEN) >= rows:
+    reward_token_id: Any = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
+    if reward_token_id >= rows:
         raise ValueError(
             f"{file} has {rows} token embeddings, fewer than the tokenizer in {base} with "
             f"{REWARD_TOKEN} ({len(tokenizer)}); name the base model it was trained from"
         )
-    config = Qwen2VLConfig.from_pretrained(base)
+    config: Any = Qwen2VLConfig.from_pretrained(base)
     config.text_config.vocab_size = rows
     chosen = compute_dtype(dtype, device)
     return Hpsv3(

@@ -88,7 +88,8 @@ def test_missing_values_are_left_out_and_stay_missing(statistics):
 def test_without_a_value_nothing_can_be_standardised(statistics):
     assert statistics().count == 0
     assert np.isnan(statistics.of([np.nan]).standardize(np.ones(2))).all()
-    assert math.isnan(Moments().mean) and math.isnan(Moments().std)
+    assert math.isnan(Moments().mean)
+    assert math.isnan(Moments().std)
 
 
 def test_chunks_do_not_show():
