@@ -6,7 +6,8 @@
 DATA_FOLDER holds prompts.parquet: `prompt`, `source`, `categories` (what the prompt is harmful for,
 empty where it is ordinary) and, if known, `hard`. The judge runs as the stage of the filter, so the
 study resumes and any engine can be studied. Prompts are never printed unless asked for: some of
-them offend.
+them offend. Labels err in both directions: a harmful label may stand on what images came out, not
+on what the words say, and a source without labels may hold harmful prompts all the same.
 """
 
 import math

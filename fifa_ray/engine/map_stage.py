@@ -135,8 +135,10 @@ def _execute(
     total: int,
 ) -> None:
     items = work_items(run, stage.input_table, stage.rows_per_item, stage.boundary)
+    # Reading asks for no core: a share of one could never be had beside an actor that holds the
+    # only core of a small machine.
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _ReadItems(run, stage, ray.put(done)), batch_size=None, batch_format="pyarrow", num_cpus=0.1
+        _ReadItems(run, stage, ray.put(done)), batch_size=None, batch_format="pyarrow", num_cpus=0
     )
     receipts = transform(dataset).map_batches(
         _WritePartial(partial, stage), batch_size=None, batch_format="pyarrow", num_cpus=0
