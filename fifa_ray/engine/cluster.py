@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -92,3 +93,14 @@ def actor_pool(actors: ActorsConfig) -> dict[str, Any]:
     if actors.runtime_env:
         arguments["runtime_env"] = actors.runtime_env
     return arguments
+
+
+def reserved_seconds(pool: Mapping[str, Any], seconds: float) -> dict[str, float]:
+    """Core and GPU seconds that a pool of `actor_pool` holds at its largest: what it may cost."""
+    if not pool:
+        return {}
+    actors = pool["compute"].max_size
+    return {
+        "cpu_seconds": seconds * actors * pool["num_cpus"],
+        "gpu_seconds": seconds * actors * pool.get("num_gpus", 0.0),
+    }

@@ -41,14 +41,16 @@ def run_embed(run: RunDir, config: FifaConfig) -> Manifest:
         logger.info("%s: already complete, %s rows", STAGE, f"{found.rows_out:,}")
         return found
     info = _encoder_info(settings)
+    pool: dict[str, Any] = {}
 
     def transform(rows: "ray.data.Dataset") -> "ray.data.Dataset":
+        pool.update(actor_pool(settings.actors))
         return rows.map_batches(
             _Embed,
             fn_constructor_args=(settings, _device(settings), info["dimension"]),
             batch_size=max(settings.batch_size, ROWS_PER_ITEM),
             batch_format="pyarrow",
-            **actor_pool(settings.actors),
+            **pool,
         )
 
     return run_prompt_stage(
@@ -59,6 +61,7 @@ def run_embed(run: RunDir, config: FifaConfig) -> Manifest:
         output_schema=schema.embeddings_schema(info["dimension"]),
         config=settings.model_dump(mode="json"),
         details=lambda: {"encoder": info},
+        pool=pool,
         rows_per_item=ROWS_PER_ITEM,
     )
 

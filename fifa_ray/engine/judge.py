@@ -46,6 +46,7 @@ def run_judge(run: RunDir, config: FifaConfig) -> Manifest:
     judge = config.judge
     key = answers_key(judge)
     notes = RunDir(f"{run.uri.rstrip('/')}/partial/judge-{key}")
+    pool: dict[str, Any] = {}
     cache = RunDir(f"{judge.cache_dir.rstrip('/')}/{key}") if judge.cache_dir else None
 
     def transform(rows: "ray.data.Dataset") -> "ray.data.Dataset":
@@ -53,6 +54,7 @@ def run_judge(run: RunDir, config: FifaConfig) -> Manifest:
             from fifa_ray.engine.judge_vllm import judge_with_vllm
 
             return judge_with_vllm(rows, judge)
+        pool.update(judge_pool(judge))
         return rows.map_batches(
             JudgePrompts,
             fn_constructor_kwargs={
@@ -64,7 +66,7 @@ def run_judge(run: RunDir, config: FifaConfig) -> Manifest:
             },
             batch_size=None,
             batch_format="pyarrow",
-            **judge_pool(judge),
+            **pool,
         )
 
     manifest = run_prompt_stage(
@@ -75,6 +77,7 @@ def run_judge(run: RunDir, config: FifaConfig) -> Manifest:
         output_schema=schema.QUALITY,
         config=judge.model_dump(mode="json"),
         details=lambda: _details(run, notes, key),
+        pool=pool,
         rows_per_item=rows_per_item(prompts.rows_out, judge),
         partial=cache,
         is_answered=_is_answered,

@@ -11,7 +11,7 @@ parts that match the input's parts, in the input's order, whatever order the blo
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ import ray.data
 from pyarrow import parquet as pq
 
 from fifa_ray import schema
+from fifa_ray.engine.cluster import reserved_seconds
 from fifa_ray.engine.progress import Progress
 from fifa_ray.run_dir import Manifest, RunDir
 
@@ -65,11 +66,13 @@ def run_map_stage(
     config: dict[str, Any],
     max_quarantine_fraction: float,
     details: Callable[[], dict[str, Any]] = dict,
+    pool: Mapping[str, Any] | None = None,
     before_align: Callable[[RunDir], None] | None = None,
 ) -> Manifest:
     """Run a stage, or the rest of it, and publish it; at once if it is complete already.
 
     `transform` gets a dataset with the input columns and returns one with the partial schema's.
+    `pool`, which `transform` may fill, holds the arguments of its actor pool: for the manifest.
     `before_align` is called with the folder of partial files when every key is answered.
     Raises RuntimeError when more rows are quarantined than allowed, or when keys went missing.
     """
@@ -88,6 +91,7 @@ def run_map_stage(
         )
     if len(done) < total:
         _execute(run, stage, partial, transform, done, total)
+    cost = reserved_seconds(pool or {}, time.monotonic() - started)
     if before_align is not None:
         before_align(partial)
     counts = _align(run, stage, partial)
@@ -99,7 +103,7 @@ def run_map_stage(
         quarantined=dict(sorted(counts.items())),
         seconds=time.monotonic() - started,
         config=config,
-        details=details() | {"rows_reused": len(done)},
+        details=details() | cost | {"rows_reused": len(done)},
     )
     check_quarantine(manifest, max_quarantine_fraction, run)
     manifest = run.publish(manifest)

@@ -1,6 +1,6 @@
 """The map stage over distinct prompts: one row in, one row out, keyed by prompt_id."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ def run_prompt_stage(
     output_schema: pa.Schema,
     config: dict[str, Any],
     details: Callable[[], dict[str, Any]] = dict,
+    pool: Mapping[str, Any] | None = None,
     rows_per_item: int = 256,
     partial: RunDir | None = None,
     is_answered: Callable[[pa.Table], np.ndarray] | None = None,
@@ -66,4 +67,5 @@ def run_prompt_stage(
         config=config,
         max_quarantine_fraction=0.0,
         details=details,
+        pool=pool,
     )

@@ -155,6 +155,7 @@ def run_reward_stage(
         config=reward.model_dump(mode="json"),
         max_quarantine_fraction=config.max_quarantine_fraction,
         details=lambda: _details(info, reward, pool) | details(),
+        pool=pool,
         before_align=before_align,
     )
 
