@@ -139,14 +139,19 @@ def _execute(
     total: int,
 ) -> None:
     items = work_items(run, stage.input_table, stage.rows_per_item, stage.boundary)
-    # Reading asks for no core: a share of one could never be had beside an actor that holds the
-    # only core of a small machine.
+    # Reading and writing small rows ask for no core: a share of one could never be had beside an
+    # actor that holds the only core of a small machine. Their number is bounded instead.
+    num_tasks = max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
+    small: dict[str, Any] = {
+        "batch_size": None,
+        "batch_format": "pyarrow",
+        "num_cpus": 0,
+        "compute": ray.data.TaskPoolStrategy(size=num_tasks),
+    }
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _ReadItems(run, stage, ray.put(done)), batch_size=None, batch_format="pyarrow", num_cpus=0
+        _ReadItems(run, stage, ray.put(done)), **small
     )
-    receipts = transform(dataset).map_batches(
-        _WritePartial(partial, stage), batch_size=None, batch_format="pyarrow", num_cpus=0
-    )
+    receipts = transform(dataset).map_batches(_WritePartial(partial, stage), **small)
     progress = Progress(stage.name, total, done=len(done))
     for batch in receipts.iter_batches(batch_size=None, batch_format="numpy"):
         progress.advance(int(batch["rows"].sum()) // stage.rows_per_key)
