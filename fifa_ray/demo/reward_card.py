@@ -85,11 +85,13 @@ A CLIP of {num_parameters / 1e6:.2f} million parameters for 64 px pictures of th
 fifa-ray: `exp(logit_scale) * cos(image, prompt)`, as PickScore scores. It knows drawn scenes and
 nothing else. Weights are stored in float16.
 
-Made by `{command}`: {training}. Labels are the training world's noisy ones; its truth was not
-read, and the demo's own world (another seed) was not used.
+Made by `{command}`:
+{training}.
+Labels are the training world's noisy ones; its truth was not read, and the demo's own world
+(another seed) was not used.
 
-Measured on a held-out world ({measures["num_pairs"]:,} labelled pairs; no prompt or picture shared
-with training):
+Measured on a held-out world of {measures["num_pairs"]:,} labelled pairs, which shares no prompt or
+picture with the training world:
 
 | | |
 |---|---|
