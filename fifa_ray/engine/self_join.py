@@ -51,8 +51,6 @@ _SEED_CELLS = 12
 _SEED_ROWS = 8_192
 # Distances nearer than this are not told apart: float32 products could not.
 SETTLED_DISTANCE = 1e-3
-# A finite sample may flatter: aim this share of the permitted loss above the target.
-_CAUTION = 0.2
 
 
 @dataclass(frozen=True)
@@ -209,8 +207,7 @@ def _tuned_rule(
     sample = _true_neighbors(plan, seeds, rows, index)
     # Every second one tunes, the others measure what came out.
     tuning = Sample(*(getattr(sample, field.name)[::2] for field in fields(Sample)))
-    target = 1 - (1 - _CAUTION) * (1 - plan.config.target_recall)
-    rule = tune(tuning, index, target, plan.config.num_probes)
+    rule = tune(tuning, index, plan.config.target_recall, plan.config.num_probes)
     check = _Check(rows[1::2], sample.true_squared_Qk[1::2])
     plan.partial.write_table(
         pa.table({"row": check.rows, "squared": _lists(check.true_squared_Qk)}), "check.parquet"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fifa_ray.scoring.neighbor_join import Floats, Ints
 
 # Below this share of the variance left over, sketches of MiniLM embeddings tell neighbours apart.
-_VARIANCE_LEFT = 0.15
+_VARIANCE_LEFT = 0.16
 _WIDTH_STEP = 16
 # Cells of copies have no spread of their own; the noise of a product is far below this.
 _SMALLEST_SPREAD = 0.05
@@ -68,7 +68,7 @@ class CellIndex:
 
 
 def principal_axes(vectors_ND: Floats) -> Floats:
-    """Axes (D, A) that leave at most 15% of the mean square of unit vectors; A + 1 is P.
+    """Axes (D, A) that leave at most 16% of the mean square of unit vectors; A + 1 is P.
 
     A + 1 is a multiple of 16 and at most D + 1; isotropic vectors need most of their width.
     """

@@ -53,6 +53,8 @@ def neighbors(
     """Seconds, recall and growth of the join; ratios to FAISS flat and IVF at the same recall."""
     say_machine()
     click.echo(f"{data} vectors, k = {NUM_NEIGHBORS}, {threads} threads, {repeats} runs of each")
+    # FAISS runs at this process's priority; Ray would give its workers a lower one.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     connect(RayConfig(address="local", num_cpus=threads))
     faiss.omp_set_num_threads(threads)
     _join(drawn_vectors(6000), target_recall)  # workers started and libraries loaded
