@@ -6,7 +6,7 @@ A sketch of a unit vector is its coordinates on a few axes and the length of the
 vector, and two sketches are never farther apart than their vectors. So a narrow matrix product of
 sketches leaves few pairs to measure in full. A pair is measured when the squared distance of its
 sketches is below `shrinkage` times the query's k-th squared distance so far: 1 loses nothing, and
-where a sketch keeps 85% of the variance, 0.85 loses 1 neighbour in 200 and leaves far fewer pairs.
+where a sketch keeps 84% of the variance, 0.86 loses 1 neighbour in 200 and leaves far fewer pairs.
 Distances are always those of the full vectors, from float32 differences and never from products: a
 duplicate is at distance exactly 0.
 """
