@@ -19,7 +19,7 @@ from fifa_ray.demo.world import generate_world
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    generate_world(folder, num_pairs=120, num_prompts=30, seed=7, num_files=1, num_processes=1)
+    generate_world(folder, num_pairs=240, num_prompts=50, seed=7, num_files=1, num_processes=1)
     return folder
 
 
@@ -92,7 +92,7 @@ def test_a_run_from_start_to_end(ray_session, config, tmp_path):
     assert pd.read_parquet(run / "selected").pair_id.is_unique
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["select"]["selection_size"] == 100000
-    assert json.loads((run / "manifests" / "selected.json").read_text())["rows_out"] < 120
+    assert json.loads((run / "manifests" / "selected.json").read_text())["rows_out"] < 240
 
     again = fifa("select", run, "select.selection_size=5")
     assert again.exit_code == 0, again.output

@@ -254,7 +254,7 @@ def test_a_notebook_filters_its_own_table(ray_session, world, tmp_path):
 
 def test_two_reward_models_each_leave_their_columns(ray_session, undisturbed, world, tmp_path):
     values = config_of(world, tmp_path)
-    statistics = {"name": "statistics", "kind": "fitted", "options": {"folds": 2}}
+    statistics = {"name": "statistics", "kind": "fitted", "options": {"folds": 3}}
     values["rewards"].append(statistics)
     run = fifa_ray.run_filter(load_config(values))
     columns = set(run.read_table("selected").column_names)

@@ -101,6 +101,12 @@ class FittedOptions(Section):
     )
     revision: str | None = Field(None, description="Hub commit of the encoder.")
 
+    @model_validator(mode="after")
+    def _enough_folds(self) -> "FittedOptions":
+        if self.l2 is None and self.folds < 3:
+            raise ValueError("l2 is chosen on the folds that are left: set folds=3 or more, or l2")
+        return self
+
 
 class RewardConfig(Section):
     """One proxy reward model. Several may vote; each leaves its own table and columns."""

@@ -21,5 +21,7 @@ def explain_options(error: ValidationError, kind: str, known: Sequence[str]) -> 
             hint = suggest(name, known) or f"; known: {', '.join(known)}"
             lines.append(f"unknown option {name!r} of kind {kind}{hint}")
         else:
-            lines.append(f"option {name}: {problem['msg']}, got {problem['input']!r}")
+            message = problem["msg"].removeprefix("Value error, ")
+            got = f", got {problem['input']!r}" if name else ""
+            lines.append(f"option{'s' if not name else ' ' + name}: {message}{got}")
     return "; ".join(lines)
