@@ -5,7 +5,8 @@ of the answer is given, so that the first token is the harm's. vLLM's prefix cac
 rubric once.
 """
 
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import ray.data
 
@@ -14,6 +15,9 @@ from fifa_ray.config import JudgeConfig
 from fifa_ray.engine.cluster import gpus_per_actor
 from fifa_ray.models.judge import JudgeReply, is_too_long
 from fifa_ray.scoring import quality as rubric
+
+if TYPE_CHECKING:
+    from fifa_ray.models.judge_transformers import JudgeTokens
 
 MAX_TOKENS = 32
 LOGPROBS = 20
@@ -35,7 +39,7 @@ def judge_with_vllm(rows: "ray.data.Dataset", judge: JudgeConfig) -> "ray.data.D
         )
     processor = build_processor(
         vLLMEngineProcessorConfig(**processor_settings(judge, gpus_per_actor(judge.actors))),
-        preprocess=AskVllm(judge.max_prompt_chars),
+        preprocess=AskVllm(judge.model, judge.trust_remote_code, judge.max_prompt_chars),
         postprocess=lambda row: row,
     )
     return processor(rows).map(ReadVllm(judge.harmful_threshold), num_cpus=0.1)
@@ -61,6 +65,10 @@ def processor_settings(judge: JudgeConfig, num_gpus: float) -> dict[str, Any]:
         ),
         "should_continue_on_error": True,
         "log_engine_metrics": False,
+        # `AskVllm` gives token ids and vLLM gives text: no actors in between.
+        "chat_template_stage": False,
+        "tokenize_stage": False,
+        "detokenize_stage": False,
     }
     if judge.actors.runtime_env:
         settings["runtime_env"] = judge.actors.runtime_env
@@ -76,17 +84,24 @@ def processor_settings(judge: JudgeConfig, num_gpus: float) -> dict[str, Any]:
 
 
 class AskVllm:
-    """One row of prompts/ to a chat whose last turn the model completes."""
+    """One row of prompts/ to the tokens of a chat whose last turn the model completes.
 
-    def __init__(self, max_prompt_chars: int) -> None:
+    They are the tokens that the in-process engine reads: a text prompt would get a second
+    beginning-of-text token from vLLM where the chat template has one already.
+    """
+
+    def __init__(self, model: str, trust_remote_code: bool, max_prompt_chars: int) -> None:
+        self._model, self._trust_remote_code = model, trust_remote_code
         self._max_prompt_chars = max_prompt_chars
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Keeps the id and adds messages and sampling parameters."""
-        messages = rubric.judge_messages(row["prompt"], self._max_prompt_chars)
+        """Keeps the id and adds token ids and sampling parameters."""
+        tokenizer, tokens = _load_tokenizer(self._model, self._trust_remote_code)
+        quoted = rubric.quote_prompt(row["prompt"], self._max_prompt_chars)
+        ids = tokenizer(quoted, add_special_tokens=False).input_ids
         return {
             schema.PROMPT_ID: row[schema.PROMPT_ID],
-            "messages": [*messages, {"role": "assistant", "content": rubric.ANSWER_START}],
+            "tokenized_prompt": [*tokens.prefix, *ids, *tokens.after_prompt],
             "sampling_params": {
                 "temperature": 0.0,
                 "max_tokens": MAX_TOKENS,
@@ -94,6 +109,17 @@ class AskVllm:
                 "structured_outputs": {"regex": rubric.ANSWER_REST_REGEX},
             },
         }
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(model: str, trust_remote_code: bool) -> "tuple[Any, JudgeTokens]":
+    """Once per worker process."""
+    from transformers import AutoTokenizer
+
+    from fifa_ray.models.judge_transformers import judge_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    return tokenizer, judge_tokens(tokenizer)
 
 
 class ReadVllm:

@@ -1,7 +1,8 @@
 """The LLM judge: one protocol, in process or behind an endpoint (vLLM actors: `engine/judge.py`).
 
-`options` of the engines: transformers takes `adapter` (a PEFT folder, merged into the weights) and
-`pack_tokens` (tokens per forward pass); openai takes `extra_body` (further fields of each request).
+`options` of the engines: transformers takes `adapter` (a PEFT folder, merged into the weights),
+`check_parts` (judge the sentences of a prompt too) and `pack_tokens` (tokens per forward pass);
+openai takes `max_tokens` and `extra_body` (further fields of each request).
 """
 
 from collections.abc import Sequence

@@ -80,6 +80,9 @@ _REFUSAL = re.compile(
 )
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
 
+_PART_ENDS = re.compile(r"[.!?;:]+\s+|[\r\n\u2028]+|[\"\u201c\u201d{}()\[\]<>|#]+")
+MAX_PARTS = 8
+
 Message = dict[str, str]
 
 
@@ -155,6 +158,18 @@ def _needs_escape(character: str) -> bool:
 
 def _escape(character: str) -> str:
     return json.dumps(character)[1:-1] if ord(character) > 0x7F else f"\\u{ord(character):04x}"
+
+
+def prompt_parts(prompt: str) -> list[str]:
+    """Sentences, lines, quotations and bracketed parts of a prompt, of at least three words each.
+
+    Empty where the prompt is all one part. A harmful part stays harmful whatever is said around it,
+    so a judge that is easily talked round reads the parts too. Of many, the last ones count as one.
+    """
+    pieces = [piece.strip(" .,:;!?") for piece in _PART_ENDS.split(prompt)]
+    pieces = [*pieces[: MAX_PARTS - 1], " ".join(pieces[MAX_PARTS - 1 :])]
+    parts = [piece for piece in pieces if len(piece.split()) >= 3]
+    return parts if len([piece for piece in pieces if piece]) > 1 else []
 
 
 def parse_quality_reply(reply: str) -> ParsedReply:

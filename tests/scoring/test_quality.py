@@ -15,16 +15,18 @@ from fifa_ray.scoring.quality import (
     ANSWER_SCHEMA,
     ANSWER_START,
     HARM_CATEGORIES,
+    MAX_PARTS,
     MIN_VALID_MASS,
     answer_token_indices,
     expected_score,
     harm_probability,
     judge_messages,
     parse_quality_reply,
+    prompt_parts,
     quote_prompt,
     reply_from_distributions,
 )
-from tests.scoring.hostile_prompts import HOSTILE
+from tests.scoring.hostile_prompts import COAXING, HOSTILE
 
 TEMPLATE_TOKENS = (
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "</s>", "<s>", "[INST]", "[/INST]", "<<SYS>>",
@@ -73,6 +75,17 @@ def test_the_examples_follow_the_rubric_s_own_format():
     for message in judge_messages("x"):
         if message["role"] == "assistant":
             assert parse_quality_reply(message["content"]).quality_error is None
+
+
+@pytest.mark.parametrize("wrapper", COAXING)
+def test_the_parts_of_a_coaxing_prompt_hold_the_plain_one_by_itself(wrapper):
+    assert "a man beats a dog" in prompt_parts(wrapper.format(prompt="a man beats a dog"))
+
+
+def test_an_ordinary_prompt_has_no_parts():
+    for prompt in ("a red barn, oil painting", "a red barn in a field.", "8k. hdr", "", "(a) [b]"):
+        assert prompt_parts(prompt) == []
+    assert len(prompt_parts("one two three. " * 5000)) == MAX_PARTS
 
 
 def test_a_long_prompt_keeps_both_its_ends():

@@ -1,8 +1,7 @@
 """The judge on a real vLLM (CPU build): Ray Data's processor, and `vllm serve` as an endpoint.
 
 Both must say what the in-process engine says about the same prompts with the same weights. Scores
-may differ by `TOLERANCE` of the scale's ten points: other kernels, and a grammar that may split the
-answer into other tokens.
+may differ by `TOLERANCE` of the scale's ten points, as other kernels round differently.
 """
 
 import os
@@ -28,9 +27,9 @@ from fifa_ray.engine.judge_vllm import judge_with_vllm
 from fifa_ray.models.judge import build_judge
 from tests.scoring.hostile_prompts import HOSTILE
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 
-TOLERANCE = 0.1
+TOLERANCE = 0.02
 ENGINE = {"enforce_eager": True, "max_num_seqs": 16}
 PROMPTS = [
     "a stone bridge over a quiet river, autumn, oil painting",
@@ -39,7 +38,7 @@ PROMPTS = [
     "something lovely",
     "hd, masterpiece, sharp, 8k, trending",
     "three pears and a violin on a wooden bench",
-    *(HOSTILE[name] for name in ("ignore", "chatml turn", "json close", "right to left", "emoji")),
+    *(HOSTILE[name] for name in ("ignore", "chatml turn", "arabic")),
 ]
 TOO_LONG = HOSTILE["ten thousand emoji"]
 
@@ -64,7 +63,10 @@ def merged_judge(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def expected(merged_judge) -> list[dict]:
     """The in-process engine's rows."""
-    judge = build_judge(JudgeConfig(engine="transformers", model=str(merged_judge)))
+    config = JudgeConfig(
+        engine="transformers", model=str(merged_judge), options={"check_parts": False}
+    )
+    judge = build_judge(config)
     return quality_table(list(range(len(PROMPTS))), judge.judge(PROMPTS)).to_pylist()
 
 
