@@ -155,13 +155,14 @@ def test_prompts_at_both_ends_of_each_term(run, pairs, say):
     if run.manifest("quality") is None:
         say("No judge: its adapter is not in this checkout.")
     else:
-        terms["prompt_quality"] = run.read_table("quality").to_pandas()
+        quality = terms["prompt_quality"] = run.read_table("quality").to_pandas()
+        prompts["harmful"] = prompts.prompt_id.isin(quality.prompt_id[quality.harmful])
+        say(f"harmful: {prompts.harmful.sum()} of {len(prompts)} prompts flagged, not shown below")
     for name, table in terms.items():
-        ranked = prompts.merge(table, on="prompt_id").sort_values(name)
+        ranked = prompts.merge(table[["prompt_id", name]], on="prompt_id").sort_values(name)
         assert len(ranked) == len(prompts) == 240
         assert np.isfinite(ranked[name]).all()
         if "harmful" in ranked:
-            say(f"harmful: {int(ranked.harmful.sum())} of {len(ranked)} prompts flagged")
             ranked = ranked[~ranked.harmful]
         for title, rows in (("highest", ranked[:-11:-1]), ("lowest", ranked[:10])):
             say(f"{name}, {title}:")
