@@ -4,6 +4,7 @@ A configuration is a YAML file (or the name of a packaged preset) plus dotted ov
 `select.selection_size=1000` or `rewards.0.batch_size=64`. Unknown keys are errors.
 """
 
+from fifa_ray.config.evaluation import EvaluateConfig
 from fifa_ray.config.loading import (
     ConfigError,
     describe_fields,
@@ -11,8 +12,8 @@ from fifa_ray.config.loading import (
     load_config,
     preset_names,
 )
+from fifa_ray.config.sections import ActorsConfig
 from fifa_ray.config.settings import (
-    ActorsConfig,
     EmbedConfig,
     FifaConfig,
     FittedOptions,
@@ -26,22 +27,28 @@ from fifa_ray.config.settings import (
     SelectConfig,
     Strategy,
 )
+from fifa_ray.config.training import LoraConfig, LossConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
     "ActorsConfig",
     "ConfigError",
     "EmbedConfig",
+    "EvaluateConfig",
     "FifaConfig",
     "FittedOptions",
     "ImagesConfig",
     "IngestConfig",
     "JudgeConfig",
+    "LoraConfig",
+    "LossConfig",
     "NeighborsConfig",
+    "OptimizerConfig",
     "RayConfig",
     "ReportConfig",
     "RewardConfig",
     "SelectConfig",
     "Strategy",
+    "TrainConfig",
     "describe_fields",
     "dump_config",
     "load_config",

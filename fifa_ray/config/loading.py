@@ -9,7 +9,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fifa_ray.config.settings import FifaConfig, Section
+from fifa_ray.config.sections import Section
+from fifa_ray.config.settings import FifaConfig
 from fifa_ray.config.suggestions import suggest
 
 

@@ -2,17 +2,12 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from fifa_ray.config.evaluation import EvaluateConfig
+from fifa_ray.config.sections import NAME_PATTERN, ActorsConfig, Section
 from fifa_ray.config.suggestions import explain_options
-
-NAME_PATTERN = r"^[a-z0-9][a-z0-9_.-]*$"
-
-
-class Section(BaseModel):
-    """A group of settings: immutable, and it refuses keys that it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+from fifa_ray.config.training import TrainConfig
 
 
 class IngestConfig(Section):
@@ -60,31 +55,6 @@ class ImagesConfig(Section):
         False, description="Fetch images that are http(s) URLs; never from private addresses."
     )
     url_timeout_seconds: float = Field(10.0, gt=0, description="Time limit of one URL fetch.")
-
-
-class ActorsConfig(Section):
-    """Size and resources of one stage's actor pool."""
-
-    min_actors: int = Field(1, ge=1, description="Actors that the pool never goes below.")
-    max_actors: int | None = Field(
-        None, ge=1, description="Actors that the pool may grow to; null: as many as there is room."
-    )
-    num_gpus: float | None = Field(
-        None,
-        ge=0,
-        description="GPUs per actor, fractions allowed; null: 1 where the cluster has a GPU, "
-        "else 0.",
-    )
-    num_cpus: float = Field(1.0, gt=0, description="CPU cores per actor, also its torch threads.")
-    runtime_env: dict[str, Any] | None = Field(
-        None, description="Ray runtime_env of these actors alone, e.g. {pip: [...]}."
-    )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "ActorsConfig":
-        if self.max_actors is not None and self.max_actors < self.min_actors:
-            raise ValueError(f"max_actors {self.max_actors} is below min_actors {self.min_actors}")
-        return self
 
 
 class FittedOptions(Section):
@@ -353,6 +323,8 @@ class FifaConfig(Section):
     embed: EmbedConfig = Field(default_factory=EmbedConfig)
     neighbors: NeighborsConfig = Field(default_factory=NeighborsConfig)
     select: SelectConfig = Field(default_factory=SelectConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
 

@@ -1,0 +1,38 @@
+"""What every group of settings is, and the groups that several stages share."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_.-]*$"
+
+
+class Section(BaseModel):
+    """A group of settings: immutable, and it refuses keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ActorsConfig(Section):
+    """Size and resources of one stage's actor pool."""
+
+    min_actors: int = Field(1, ge=1, description="Actors that the pool never goes below.")
+    max_actors: int | None = Field(
+        None, ge=1, description="Actors that the pool may grow to; null: as many as there is room."
+    )
+    num_gpus: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs per actor, fractions allowed; null: 1 where the cluster has a GPU, "
+        "else 0.",
+    )
+    num_cpus: float = Field(1.0, gt=0, description="CPU cores per actor, also its torch threads.")
+    runtime_env: dict[str, Any] | None = Field(
+        None, description="Ray runtime_env of these actors alone, e.g. {pip: [...]}."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ActorsConfig":
+        if self.max_actors is not None and self.max_actors < self.min_actors:
+            raise ValueError(f"max_actors {self.max_actors} is below min_actors {self.min_actors}")
+        return self
