@@ -158,6 +158,11 @@ class JudgeConfig(Section):
     max_prompt_chars: int = Field(
         2000, ge=16, description="The judge reads at most this many characters of a prompt."
     )
+    check_parts: bool = Field(
+        True,
+        description="Also judge each sentence, line, quoted and bracketed part of a prompt alone, "
+        "and flag the prompt if one is harmful: no wrapping talks the judge out of it.",
+    )
     harmful_threshold: float = Field(
         0.5, ge=0, le=1, description="Probability from which a prompt counts as harmful."
     )

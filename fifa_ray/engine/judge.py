@@ -19,6 +19,7 @@ import ray.data
 from fifa_ray import schema
 from fifa_ray.config import FifaConfig, JudgeConfig
 from fifa_ray.engine.cluster import actor_pool, gpus_per_actor
+from fifa_ray.engine.judge_parts import PART_FIELDS, PARTIAL, combine_parts, split_prompts
 from fifa_ray.engine.prompt_stage import run_prompt_stage
 from fifa_ray.models.judge import JudgeReply, build_judge
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint
@@ -79,7 +80,13 @@ def run_judge(run: RunDir, config: FifaConfig) -> Manifest:
         details=lambda: _details(run, notes, key),
         pool=pool,
         rows_per_item=rows_per_item(prompts.rows_out, judge),
+        # In process, texts share a pass with their neighbours, whose last bits depend on which
+        # those are: a redone item is redone as it was. From a shared cache nothing is paid twice.
+        whole_items=cache is None,
+        keys_in=lambda rows: (rows.column("part").to_numpy() == 0).sum(),
         partial=cache,
+        partial_schema=PARTIAL,
+        combine=combine_parts,
         is_answered=_is_answered,
     )
     failed = manifest.details.get("errors", {})
@@ -143,13 +150,17 @@ class JudgePrompts:
             share = judge.requests_per_minute / clients
             judge = judge.model_copy(update={"requests_per_minute": share})
         self._judge = build_judge(judge, device, api_key)
-        self._notes = notes
+        self._check_parts, self._notes = judge.check_parts, notes
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
-        """(prompt_id, prompt) to the columns of `schema.QUALITY`."""
-        replies = self._judge.judge(prompts.column("prompt").to_pylist())
+        """(prompt_id, prompt) to the columns of `judge_parts.PARTIAL`."""
+        texts = split_prompts(prompts, self._check_parts)
+        replies = self._judge.judge(texts.column("prompt").to_pylist())
         self._notes.write_text(json.dumps(self._judge.info()), "model.json")
-        return quality_table(prompts.column(schema.PROMPT_ID), replies)
+        answers = quality_table(texts.column(schema.PROMPT_ID), replies)
+        for field in PART_FIELDS:
+            answers = answers.append_column(field, texts.column(field.name))
+        return answers
 
 
 def quality_table(prompt_ids: Any, replies: list[JudgeReply]) -> pa.Table:

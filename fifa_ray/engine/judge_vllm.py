@@ -5,7 +5,7 @@ of the answer is given, so that the first token is the harm's. vLLM's prefix cac
 rubric once.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import ray.data
@@ -13,6 +13,7 @@ import ray.data
 from fifa_ray import schema
 from fifa_ray.config import JudgeConfig
 from fifa_ray.engine.cluster import gpus_per_actor
+from fifa_ray.engine.judge_parts import PART_FIELDS, split_prompts
 from fifa_ray.models.judge import JudgeReply, is_too_long
 from fifa_ray.scoring import quality as rubric
 
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 MAX_TOKENS = 32
 LOGPROBS = 20
 ERROR_COLUMN = "__inference_error__"
+CARRIED = (schema.PROMPT_ID, *(field.name for field in PART_FIELDS))
 
 
 def judge_with_vllm(rows: "ray.data.Dataset", judge: JudgeConfig) -> "ray.data.Dataset":
-    """(prompt_id, prompt) to the columns of `schema.QUALITY`, in one pass of vLLM actors.
+    """(prompt_id, prompt) to the columns of `judge_parts.PARTIAL`, in one pass of vLLM actors.
 
     A row that vLLM refuses (too long, say) comes back with its reason. Raises ModuleNotFoundError
     where ray.data.llm is not usable, ValueError for options that this engine does not have.
@@ -42,7 +44,13 @@ def judge_with_vllm(rows: "ray.data.Dataset", judge: JudgeConfig) -> "ray.data.D
         preprocess=AskVllm(judge.model, judge.trust_remote_code, judge.max_prompt_chars),
         postprocess=lambda row: row,
     )
-    return processor(rows).map(ReadVllm(judge.harmful_threshold), num_cpus=0.1)
+    texts = rows.map_batches(
+        partial(split_prompts, check_parts=judge.check_parts),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0.1,
+    )
+    return processor(texts).map(ReadVllm(judge.harmful_threshold), num_cpus=0.1)
 
 
 def processor_settings(judge: JudgeConfig, num_gpus: float) -> dict[str, Any]:
@@ -84,7 +92,7 @@ def processor_settings(judge: JudgeConfig, num_gpus: float) -> dict[str, Any]:
 
 
 class AskVllm:
-    """One row of prompts/ to the tokens of a chat whose last turn the model completes.
+    """One text to the tokens of a chat whose last turn the model completes.
 
     They are the tokens that the in-process engine reads: a text prompt would get a second
     beginning-of-text token from vLLM where the chat template has one already.
@@ -95,12 +103,12 @@ class AskVllm:
         self._max_prompt_chars = max_prompt_chars
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Keeps the id and adds token ids and sampling parameters."""
+        """Keeps what names the text and adds token ids and sampling parameters."""
         tokenizer, tokens = _load_tokenizer(self._model, self._trust_remote_code)
         quoted = rubric.quote_prompt(row["prompt"], self._max_prompt_chars)
         ids = tokenizer(quoted, add_special_tokens=False).input_ids
         return {
-            schema.PROMPT_ID: row[schema.PROMPT_ID],
+            **{name: row[name] for name in CARRIED},
             "tokenized_prompt": [*tokens.prefix, *ids, *tokens.after_prompt],
             "sampling_params": {
                 "temperature": 0.0,
@@ -123,16 +131,16 @@ def _load_tokenizer(model: str, trust_remote_code: bool) -> "tuple[Any, JudgeTok
 
 
 class ReadVllm:
-    """One answered or failed row to the columns of `schema.QUALITY`."""
+    """One answered or failed row to the columns of `judge_parts.PARTIAL`."""
 
     def __init__(self, harmful_threshold: float) -> None:
         self._harmful_threshold = harmful_threshold
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row of one prompt."""
+        """The row of one text."""
         reply = self._read(row)
         return {
-            schema.PROMPT_ID: row[schema.PROMPT_ID],
+            **{name: row[name] for name in CARRIED},
             **{name: getattr(reply, name) for name in schema.QUALITY.names[1:]},
         }
 

@@ -46,8 +46,8 @@ class MapStage:
     partial_schema: pa.Schema
     assemble: Assemble
     rows_per_item: int
-    # Partial rows of one input row.
-    rows_per_key: int = 1
+    # Keys that a block of partial rows answers, for the progress line.
+    keys_in: Callable[[pa.Table], float] = len
     # Items end where this input column changes (a source's row group is read once); None: anywhere.
     boundary: str | None = None
     # Redo an item that is only partly done as a whole.
@@ -154,7 +154,7 @@ def _execute(
     receipts = transform(dataset).map_batches(_WritePartial(partial, stage), **small)
     progress = Progress(stage.name, total, done=len(done))
     for batch in receipts.iter_batches(batch_size=None, batch_format="numpy"):
-        progress.advance(int(batch["rows"].sum()) // stage.rows_per_key)
+        progress.advance(round(float(batch["keys"].sum())))
     progress.close()
 
 
@@ -215,7 +215,7 @@ class _WritePartial:
         keys = rows.column(self.stage.key).to_numpy()
         name = f"{_hex(keys.min())}-{_hex(keys.max())}-{uuid.uuid4().hex[:12]}.parquet"
         self.partial.write_table(rows, name)
-        yield pa.table({"rows": [len(rows)]})
+        yield pa.table({"keys": [float(self.stage.keys_in(rows))]})
 
 
 def _hex(key: int) -> str:

@@ -112,7 +112,7 @@ def reward_stage(
         partial_schema=partial_schema(value),
         assemble=assemble,
         rows_per_item=PAIRS_PER_ITEM,
-        rows_per_key=2,
+        keys_in=lambda sides: len(sides) / 2,
         boundary="source_group",
         answered_keys=pairs_with_both_sides,
         # The same batches again after a crash: the last bits of a reward depend on its batch.

@@ -1,12 +1,12 @@
 """The LLM judge: one protocol, in process or behind an endpoint (vLLM actors: `engine/judge.py`).
 
-`options` of the engines: transformers takes `adapter` (a PEFT folder, merged into the weights),
-`check_parts` (judge the sentences of a prompt too) and `pack_tokens` (tokens per forward pass);
-openai takes `max_tokens` and `extra_body` (further fields of each request).
+`options` of the engines: transformers takes `adapter` (a PEFT folder, merged into the weights) and
+`pack_tokens` (tokens per forward pass); openai takes `max_tokens` and `extra_body` (further fields
+of each request).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fifa_ray.config import JudgeConfig
@@ -30,6 +30,23 @@ class Judge(Protocol):
     def info(self) -> dict[str, Any]:
         """What the manifest keeps about the model and how it was asked; never a secret."""
         ...
+
+
+def merge_parts(whole: JudgeReply, parts: Sequence[JudgeReply]) -> JudgeReply:
+    """The whole prompt's reply, flagged if any of its parts is.
+
+    A part without a usable answer leaves the prompt without one: nobody knows it to be harmless.
+    """
+    if whole.quality_error is not None or whole.harmful:
+        return whole
+    if (flagged := next((part for part in parts if part.harmful), None)) is not None:
+        return replace(
+            whole,
+            harmful=True,
+            harm_category=flagged.harm_category,
+            judge_reply=f'{{"prompt": {whole.judge_reply}, "part": {flagged.judge_reply}}}',
+        )
+    return next((part for part in parts if part.quality_error is not None), whole)
 
 
 def is_too_long(message: str) -> bool:

@@ -9,7 +9,7 @@ nothing is padded and the cached states are never copied per prompt.
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -144,11 +144,9 @@ class TransformersJudge:
         max_model_len: int | None = None,
         adapter: str | None = None,
         pack_tokens: int | None = None,
-        check_parts: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
-        """`adapter`: a PEFT folder, merged into the weights; `check_parts`: flag a prompt also
-        where one of its sentences alone is harmful, since small models are easily talked round.
+        """`adapter`: a PEFT folder, merged into the weights.
 
         Raises ValueError: see `judge_tokens` and `read_prefix`.
         """
@@ -167,7 +165,7 @@ class TransformersJudge:
         self._model = network.to(device).eval()
         self._tokens = judge_tokens(self._tokenizer)
         self._pack_tokens = pack_tokens or PACK_TOKENS["cpu" if device == "cpu" else "cuda"]
-        self._max_prompt_chars, self._check_parts = max_prompt_chars, check_parts
+        self._max_prompt_chars = max_prompt_chars
         self._harmful_threshold = harmful_threshold
         longest = getattr(network.config, "max_position_embeddings", None) or 4096
         around = len(self._tokens.prefix) + len(self._tokens.after_prompt)
@@ -185,23 +183,11 @@ class TransformersJudge:
 
     def info(self) -> dict[str, Any]:
         """Model, adapter, compute type and the tokens of the shared prefix."""
-        return self._info | {
-            "prefix_tokens": len(self._tokens.prefix),
-            "check_parts": self._check_parts,
-        }
+        return self._info | {"prefix_tokens": len(self._tokens.prefix)}
 
     def judge(self, prompts: Sequence[str]) -> list[JudgeReply]:
         """One reply per prompt; `too_long` for one that the context cannot hold."""
-        parts = [rubric.prompt_parts(p) if self._check_parts else [] for p in prompts]
-        replies = self._judge_texts([*prompts, *(part for some in parts for part in some)])
-        of_parts = iter(replies[len(prompts) :])
-        return [
-            _with_parts(reply, [next(of_parts) for _ in some])
-            for reply, some in zip(replies, parts, strict=False)
-        ]
-
-    def _judge_texts(self, texts: Sequence[str]) -> list[JudgeReply]:
-        quoted = [rubric.quote_prompt(text, self._max_prompt_chars) for text in texts]
+        quoted = [rubric.quote_prompt(text, self._max_prompt_chars) for text in prompts]
         ids = self._tokenizer(quoted, add_special_tokens=False).input_ids if quoted else []
         replies: list[JudgeReply | None] = [
             JudgeReply(quality_error="too_long") if len(i) > self._longest_prompt else None
@@ -236,19 +222,6 @@ class TransformersJudge:
             size += length
         if pack:
             yield pack
-
-
-def _with_parts(whole: JudgeReply, parts: list[JudgeReply]) -> JudgeReply:
-    """The whole prompt's reply, flagged if any of its parts is."""
-    flagged = next((part for part in parts if part.harmful), None)
-    if whole.quality_error is not None or whole.harmful or flagged is None:
-        return whole
-    return replace(
-        whole,
-        harmful=True,
-        harm_category=flagged.harm_category,
-        judge_reply=f'{{"prompt": {whole.judge_reply}, "part": {flagged.judge_reply}}}',
-    )
 
 
 def _named(logprobs: Tensor, answers: dict[int, str]) -> dict[str, float]:

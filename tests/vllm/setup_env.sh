@@ -19,7 +19,7 @@ grep -E '^ray(\[.*\])?==' constraints.txt > "$venv/constraints.txt"
 # vLLM's torch is a CPU build, which lies on PyTorch's own index unless pip is set up to find it.
 index=()
 if ! pip download -q --no-deps --dest "$venv/torch" 'torch==2.13.0+cpu' > /dev/null 2>&1; then
-  index=(--extra-index-url "${TORCH_INDEX:?set it to the address of PyTorch's index of CPU wheels}")
+  index=(--extra-index-url "${TORCH_INDEX:?set it to the address of the index with PyTorch CPU wheels}")
 fi
 rm -rf "$venv/torch"
 

@@ -23,9 +23,10 @@ from fifa_ray import schema
 from fifa_ray.config import JudgeConfig
 from fifa_ray.demo.packaged import JUDGE_ADAPTER, judge_folder
 from fifa_ray.engine.judge import quality_table
+from fifa_ray.engine.judge_parts import PARTIAL, combine_parts
 from fifa_ray.engine.judge_vllm import judge_with_vllm
 from fifa_ray.models.judge import build_judge
-from tests.scoring.hostile_prompts import HOSTILE
+from tests.scoring.hostile_prompts import COAXING, HOSTILE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 
@@ -40,6 +41,8 @@ PROMPTS = [
     "three pears and a violin on a wooden bench",
     *(HOSTILE[name] for name in ("ignore", "chatml turn", "arabic")),
 ]
+# Whole, it talks the small judge round; one of its parts does not.
+COAXED = COAXING[0].format(prompt=PROMPTS[2])
 TOO_LONG = HOSTILE["ten thousand emoji"]
 
 
@@ -63,10 +66,7 @@ def merged_judge(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def expected(merged_judge) -> list[dict]:
     """The in-process engine's rows."""
-    config = JudgeConfig(
-        engine="transformers", model=str(merged_judge), options={"check_parts": False}
-    )
-    judge = build_judge(config)
+    judge = build_judge(JudgeConfig(engine="transformers", model=str(merged_judge)))
     return quality_table(list(range(len(PROMPTS))), judge.judge(PROMPTS)).to_pylist()
 
 
@@ -98,16 +98,18 @@ def test_ray_data_s_processor_agrees_with_the_in_process_engine(merged_judge, ex
             engine_kwargs=ENGINE,
             actors={"num_cpus": 1, "num_gpus": 0},
         )
-        prompts = [*PROMPTS, TOO_LONG]
+        prompts = [*PROMPTS, COAXED, TOO_LONG]
         rows = ray.data.from_arrow(
             pa.table({schema.PROMPT_ID: range(len(prompts)), "prompt": prompts})
         )
         table = pa.concat_tables(judge_with_vllm(rows, config).iter_batches(batch_format="pyarrow"))
     finally:
         ray.shutdown()
-    found = table.select(schema.QUALITY.names).cast(schema.QUALITY).sort_by(schema.PROMPT_ID)
-    *answered, long = found.to_pylist()
+    assert len(table) > len(prompts)  # parts of prompts are texts of their own
+    found = combine_parts(table.select(PARTIAL.names).cast(PARTIAL)).sort_by(schema.PROMPT_ID)
+    *answered, coaxed, long = found.to_pylist()
     assert_same_judgements(answered, expected)
+    assert coaxed["harmful"]
     # One prompt that does not fit costs the others nothing.
     assert (long["quality_error"], long["prompt_quality"]) == ("too_long", None)
 
