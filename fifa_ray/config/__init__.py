@@ -4,6 +4,7 @@ A configuration is a YAML file (or the name of a packaged preset) plus dotted ov
 `select.selection_size=1000` or `rewards.0.batch_size=64`. Unknown keys are errors.
 """
 
+from fifa_ray.config.dataset import ImagesConfig, IngestConfig
 from fifa_ray.config.evaluation import EvaluateConfig
 from fifa_ray.config.loading import (
     ConfigError,
@@ -12,18 +13,18 @@ from fifa_ray.config.loading import (
     load_config,
     preset_names,
 )
-from fifa_ray.config.sections import ActorsConfig
-from fifa_ray.config.settings import (
+from fifa_ray.config.scorers import (
     EmbedConfig,
-    FifaConfig,
     FittedOptions,
-    ImagesConfig,
-    IngestConfig,
     JudgeConfig,
     NeighborsConfig,
+    RewardConfig,
+)
+from fifa_ray.config.sections import ActorsConfig
+from fifa_ray.config.settings import (
+    FifaConfig,
     RayConfig,
     ReportConfig,
-    RewardConfig,
     SelectConfig,
     Strategy,
 )
