@@ -109,6 +109,14 @@ class TrainConfig(Section):
         True,
         description="Encode images and prompts once into latents/; off: on the fly, at each step.",
     )
+    cache_dtype: Literal["float16", "float32"] = Field(
+        "float16", description="Type of the cached latents and prompt embeddings."
+    )
+    loader_memory: int = Field(
+        2_000_000_000,
+        ge=1_000_000,
+        description="Bytes of latents or images that a worker keeps to read them once.",
+    )
     max_steps: int = Field(2000, ge=1, description="Optimizer steps.")
     global_batch_size: int = Field(
         64, ge=1, description="Pairs per optimizer step over all workers."
