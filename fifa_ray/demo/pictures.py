@@ -9,7 +9,14 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from fifa_ray.demo.drawing import render
 from fifa_ray.demo.prompts import Prompt
-from fifa_ray.demo.scenes import alignment, choose, complete, distort, random_image_scene
+from fifa_ray.demo.scenes import (
+    Scene,
+    alignment,
+    choose,
+    complete,
+    distort,
+    random_image_scene,
+)
 
 ALIGNMENT_UTILITY, QUALITY_UTILITY = 4.0, 2.0
 CORRUPTED_IMAGE_RATE = 0.003
@@ -40,6 +47,16 @@ class Picture:
     generator: str
     utility: float
     defects: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a generator is about to draw for a prompt: `severity` as `spoil` takes it."""
+
+    generator: str
+    scene: Scene
+    severity: dict[str, float]
+    off_prompt: bool
 
 
 def spoil(
@@ -78,13 +95,12 @@ def to_jpeg(picture: Image.Image, quality: int = 88) -> bytes:
     return buffer.getvalue()
 
 
-def draw_picture(prompt: Prompt, rng: np.random.Generator, image_size: int) -> Picture:
-    """One picture for a prompt by one of the generators, with what is wrong with it."""
+def plan_picture(prompt: Prompt, rng: np.random.Generator) -> Plan:
+    """Choose a generator and, by its error rates, what it gets wrong."""
     generator, error_rate, defect_rate = choose(rng, GENERATORS)
-    defects = []
-    if rng.random() < OFF_PROMPT_RATE:
+    off_prompt = rng.random() < OFF_PROMPT_RATE
+    if off_prompt:
         scene = random_image_scene(rng)
-        defects.append("off_prompt")
     else:
         scene = distort(complete(prompt.scene, rng), error_rate, rng)
     severity = {"exposure": float(rng.beta(1, 4))}
@@ -92,15 +108,23 @@ def draw_picture(prompt: Prompt, rng: np.random.Generator, image_size: int) -> P
         kinds = [name for name in DEFECTS if name != "exposure"]
         for index in rng.permutation(len(kinds))[: int(rng.integers(1, 3))]:
             severity[kinds[index]] = float(rng.uniform(0.1, 1.0))
-    aligned, wrong = alignment(prompt.scene, scene)
+    return Plan(generator, scene, severity, off_prompt)
+
+
+def draw_picture(prompt: Prompt, rng: np.random.Generator, image_size: int) -> Picture:
+    """One picture for a prompt by one of the generators, with what is wrong with it."""
+    plan = plan_picture(prompt, rng)
+    aligned, wrong = alignment(prompt.scene, plan.scene)
+    defects = ["off_prompt"] if plan.off_prompt else []
     defects += wrong
-    defects += sorted(name for name, amount in severity.items() if amount >= NOTABLE_SEVERITY)
-    utility = ALIGNMENT_UTILITY * aligned + QUALITY_UTILITY * technical_quality(severity)
-    jpeg = to_jpeg(spoil(render(scene, rng, image_size), severity, rng))
+    defects += sorted(name for name, amount in plan.severity.items() if amount >= NOTABLE_SEVERITY)
+    utility = ALIGNMENT_UTILITY * aligned + QUALITY_UTILITY * technical_quality(plan.severity)
+    jpeg = to_jpeg(spoil(render(plan.scene, rng, image_size), plan.severity, rng))
     if rng.random() < CORRUPTED_IMAGE_RATE:
         jpeg = corrupt(jpeg, rng)
         defects.append("corrupted")
-    return Picture(str(uuid.UUID(bytes=rng.bytes(16))), jpeg, generator, utility, defects)
+    uid = str(uuid.UUID(bytes=rng.bytes(16)))
+    return Picture(uid, jpeg, plan.generator, utility, defects)
 
 
 def corrupt(jpeg: bytes, rng: np.random.Generator) -> bytes:
