@@ -111,6 +111,67 @@ SELECTED_TERMS = (
     pa.field("rejected_uid", pa.string()),
 )
 
+# training_data/<key>/: what a training learns from. image_id and group number from 0.
+TRAINING_PAIRS = pa.schema(
+    [
+        pa.field(PAIR_ID, pa.int64(), nullable=False),
+        pa.field(PROMPT_ID, pa.int64(), nullable=False),
+        pa.field("chosen_image", pa.int64(), nullable=False),  # image_id
+        pa.field("rejected_image", pa.int64(), nullable=False),
+        pa.field("reward_margin", pa.float32()),
+        pa.field("rank", pa.int64(), nullable=False),
+        pa.field("group", pa.int64(), nullable=False),  # what the source reads at once
+    ]
+)
+
+TRAINING_IMAGES = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("source_file", pa.string(), nullable=False),
+        pa.field("source_group", pa.int32(), nullable=False),
+        pa.field("source_row", pa.int64(), nullable=False),
+        pa.field("ref", pa.string(), nullable=False),
+        pa.field(PAIR_ID, pa.int64(), nullable=False),  # of the first pair that has it
+        pa.field(PROMPT_ID, pa.int64(), nullable=False),
+    ]
+)
+
+TRAINING_PROMPTS = pa.schema(
+    [
+        pa.field(PROMPT_ID, pa.int64(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+    ]
+)
+
+# latents/<key>/images/: posteriors of encoded images, in the denoiser's scale, as raw bytes in
+# little-endian order of the type and shape that the manifest states. One row a row group.
+LATENT_IMAGES = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("mean", pa.binary()),
+        pa.field("std", pa.binary()),
+        pa.field("flipped_mean", pa.binary()),  # of the mirrored image; null without flips
+        pa.field("flipped_std", pa.binary()),
+    ]
+)
+
+# latents/<key>/prompts/: the model's conditioning as the bytes of a safetensors file.
+LATENT_PROMPTS = pa.schema(
+    [
+        pa.field(PROMPT_ID, pa.int64(), nullable=False),
+        pa.field("conditioning", pa.binary(), nullable=False),
+    ]
+)
+
+# training/<name>/pairs/: the pairs that a training learned from and those it held out.
+TRAINED_PAIRS = pa.schema(
+    [
+        pa.field(PAIR_ID, pa.int64(), nullable=False),
+        pa.field(PROMPT_ID, pa.int64(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),  # train or validation
+    ]
+)
+
 
 def embeddings_schema(dimension: int) -> pa.Schema:
     """Schema of `embeddings/`: unit vectors of `dimension` float32 values."""

@@ -56,6 +56,8 @@ class MapStage:
     partial: RunDir | None = None
     # Keys (int64) that partial rows answer completely; None: all that occur.
     answered_keys: Callable[[pa.Table], np.ndarray] | None = None
+    # Rows of one row group of the stage's parts, for those that read single rows; None: arrow's.
+    row_group_size: int | None = None
 
 
 def run_map_stage(
@@ -287,7 +289,7 @@ def _align_part(
             f"stage {stage.name}, {part}: {len(inputs):,} rows in, but {len(out):,} out and "
             f"{len(bad):,} quarantined; run the same command again to redo the missing ones"
         )
-    run.write_table(out, *stage.name.split("/"), part)
+    run.write_table(out, *stage.name.split("/"), part, row_group_size=stage.row_group_size)
     if len(bad):
         run.write_table(
             bad.select(schema.QUARANTINE.names), "quarantine", *stage.name.split("/"), part

@@ -1,0 +1,51 @@
+"""The model that a configuration trains, opened in whatever process needs it."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fifa_ray.config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from fifa_ray.models.diffusion import DiffusionModel
+
+
+def load_model(
+    settings: TrainConfig, device: str, *, seed: int = 0, trains: bool = True
+) -> "DiffusionModel":
+    """Open `train.model` on a device; with `trains` off without adapters, to encode alone.
+
+    Raises FileNotFoundError or ValueError where there is no pipeline that can be trained.
+    """
+    from fifa_ray.models.batching import compute_dtype
+    from fifa_ray.models.diffusion import build_diffusion_model
+
+    return build_diffusion_model(
+        settings.model,
+        resolution=settings.resolution,
+        lora=settings.lora if trains else None,
+        device=device,
+        dtype=compute_dtype(settings.precision, device),
+        revision=settings.revision,
+        variant=settings.variant,
+        gradient_checkpointing=settings.gradient_checkpointing and trains,
+        seed=seed,
+    )
+
+
+def pixel_tensor(images: "list[np.ndarray]", device: "torch.device | str") -> "torch.Tensor":
+    """uint8 (3, H, W) arrays of one shape -> float32 (N, 3, H, W) in [-1, 1] on the device."""
+    import torch
+
+    stacked = torch.from_numpy(np.stack(images))
+    if torch.device(device).type == "cuda":
+        stacked = stacked.pin_memory()
+    return stacked.to(device, non_blocking=True).float() / 127.5 - 1
+
+
+def model_settings(settings: TrainConfig) -> dict[str, Any]:
+    """The settings that say which weights these are and how images and prompts are encoded."""
+    names = {"model", "revision", "variant", "resolution", "precision"}
+    return settings.model_dump(mode="json", include=names)

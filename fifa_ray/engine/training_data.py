@@ -1,0 +1,346 @@
+"""What a training learns from, in three small tables: pairs, their distinct images, their prompts.
+
+    selected/ | baselines/<strategy>/ | pairs/  ─►  training_data/<key>/{pairs,images,prompts}/
+
+Pairs name their images by image_id, so that an image that many pairs share is read and encoded
+once. No image byte moves here: `images/` says where each one lies, in the order in which the source
+is best read. The images of `selected/` are read from that table itself, which may outlive the
+dataset; those of baselines and of the whole dataset come from the dataset.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from fifa_ray import schema
+from fifa_ray.config import ConfigError, FifaConfig, IngestConfig
+from fifa_ray.run_dir import Manifest, RunDir, fingerprint, part_name
+from fifa_ray.sources import Source, open_source
+
+logger = logging.getLogger(__name__)
+
+# A part of images/ ends at the first end of a source group after the smaller number, or at the
+# larger one: it is written by one task and should fit into its memory encoded, flips included.
+IMAGES_PER_PART = (256, 1024)
+PROMPTS_PER_PART = 256
+
+_COLUMNS = (
+    schema.PAIR_ID,
+    schema.PROMPT_ID,
+    "source_file",
+    "source_row",
+    "source_group",
+    "chosen_ref",
+    "rejected_ref",
+    "chosen_uid",
+    "rejected_uid",
+)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A complete `training_data/<key>` and where its images are read from."""
+
+    manifest: Manifest
+    source: Source
+
+    @property
+    def stage(self) -> str:
+        """Name of the stage, which is also the folder of its tables."""
+        return self.manifest.stage
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the pairs or their images do."""
+        return self.manifest.fingerprint
+
+
+def prepare_training_data(run: RunDir, config: FifaConfig) -> TrainingData:
+    """Write the tables of the data that `train.data` and `train.max_pairs` name, if they are new.
+
+    Raises ConfigError where that data is not complete, with the command that makes it.
+    """
+    data, max_pairs = config.train.data, config.train.max_pairs
+    upstream = _upstream(run, config)
+    print_of_data = fingerprint(
+        "training_data",
+        [manifest.fingerprint for manifest in upstream],
+        data,
+        max_pairs,
+        [schema.TRAINING_PAIRS.names, schema.TRAINING_IMAGES.names],
+    )
+    stage = f"training_data/{data.replace('/', '-')}-{print_of_data[:8]}"
+    own_images = data == "selected" and _image_columns(run) is not None
+    found = run.manifest(stage)
+    if found is None or found.fingerprint != print_of_data:
+        run.invalidate(stage)
+        started = time.monotonic()
+        rows = _selected_rows(run, data) if own_images else _dataset_rows(run, config)
+        if max_pairs is not None:
+            rows = _best(rows, max_pairs)
+        counts = write_tables(run, stage, rows, _prompt_texts(run, rows))
+        found = run.publish(
+            Manifest(
+                stage=stage,
+                fingerprint=print_of_data,
+                rows_in=len(rows),
+                rows_out=len(rows),
+                seconds=time.monotonic() - started,
+                config={"data": data, "max_pairs": max_pairs},
+                details=counts,
+            )
+        )
+        logger.info(
+            "%s: %s pairs, %s images, %s prompts",
+            stage,
+            *(f"{counts[name]:,}" for name in ("pairs", "images", "prompts")),
+        )
+    return TrainingData(found, _open_images(run, config, own_images))
+
+
+def _upstream(run: RunDir, config: FifaConfig) -> list[Manifest]:
+    data = config.train.data
+    stage = "pairs" if data == "pairs" else "selected"
+    manifest = run.manifest(stage)
+    if manifest is None:
+        made_by = "fifa filter" if stage == "selected" else "fifa filter (its first stage, ingest)"
+        raise ConfigError(
+            f"{run.uri} has no complete {stage}/ to train on (train.data={data}): run {made_by} "
+            "with the same configuration first"
+        )
+    if data != stage and not run.list(data):
+        strategies = sorted(_folders(run, "baselines"))
+        raise ConfigError(
+            f"{run.uri} has no {data}/; there {'are' if strategies else 'is'} "
+            f"{', '.join(f'baselines/{name}' for name in strategies) or 'no baseline'}: name "
+            f"{data.rpartition('/')[2]} in select.compare and run `fifa select` again"
+        )
+    upstream = [manifest]
+    if data == "pairs":
+        # Margins come from the first reward model, where it is complete.
+        rewards = run.manifest(f"rewards/{config.rewards[0].name}")
+        upstream += [rewards] if rewards is not None else []
+    return upstream
+
+
+def _folders(run: RunDir, table: str) -> list[str]:
+    from pyarrow.fs import FileSelector, FileType
+
+    infos = run.filesystem.get_file_info(FileSelector(run.path(table), allow_not_found=True))
+    return [info.base_name for info in infos if info.type == FileType.Directory]
+
+
+def _image_columns(run: RunDir) -> dict[str, str] | None:
+    """The columns of `selected/` with the chosen and the rejected image; None without images."""
+    names = _parquet_names(run, "selected", run.list("selected")[0])
+    for chosen, rejected in (("chosen_image", "rejected_image"), ("jpg_0", "jpg_1")):
+        if chosen in names and rejected in names:
+            return {"chosen": chosen, "rejected": rejected}
+    return None
+
+
+def _parquet_names(run: RunDir, table: str, part: str) -> list[str]:
+    return list(pq.read_schema(run.path(table, part), filesystem=run.filesystem).names)
+
+
+def _open_images(run: RunDir, config: FifaConfig, own_images: bool) -> Source:
+    if not own_images:
+        return open_source(config.ingest, config.images)
+    columns = _image_columns(run)
+    assert columns is not None
+    folder = f"{run.uri.rstrip('/')}/selected"
+    own = IngestConfig(source=folder, format="generic", columns=columns)
+    return open_source(own, config.images)
+
+
+def _selected_rows(run: RunDir, table: str) -> pa.Table:
+    """Rows of `selected/` as a source of its own images: in the order of the table."""
+    columns = _image_columns(run)
+    assert columns is not None
+    wanted = [schema.PAIR_ID, schema.PROMPT_ID, "rank", "reward_margin"]
+    parts = []
+    for name in run.list(table):
+        path = run.path(table, name)
+        metadata = pq.read_metadata(path, filesystem=run.filesystem)
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        found = run.read_table(table, name, columns=[*wanted, "chosen_uid", "rejected_uid"])
+        count = len(found)
+        parts.append(
+            found.append_column("source_file", pa.array([name] * count))
+            .append_column("source_row", pa.array(np.arange(count)))
+            .append_column("source_group", pa.array(np.repeat(np.arange(len(sizes)), sizes)))
+            .append_column("chosen_ref", pa.array([columns["chosen"]] * count))
+            .append_column("rejected_ref", pa.array([columns["rejected"]] * count))
+        )
+    return pa.concat_tables(parts).combine_chunks()
+
+
+def _dataset_rows(run: RunDir, config: FifaConfig) -> pa.Table:
+    """Rows of the dataset's pairs, sorted by pair_id, which is the order of the source."""
+    data = config.train.data
+    files = [run.path("pairs", name) for name in run.list("pairs")]
+    pairs = pads.dataset(files, filesystem=run.filesystem, format="parquet")
+    if data == "pairs":
+        rows = pairs.to_table(columns=list(_COLUMNS)).combine_chunks()
+        if config.train.max_pairs is not None:
+            rows = rows.slice(0, config.train.max_pairs)
+        return _plain(_with_rewards(run, config, rows)).sort_by(schema.PAIR_ID)
+    chosen = run.read_table(data, columns=[schema.PAIR_ID, "rank", "reward_margin"])
+    chosen = chosen.combine_chunks().sort_by(schema.PAIR_ID)
+    wanted = pads.field(schema.PAIR_ID).isin(chosen.column(schema.PAIR_ID))
+    rows = pairs.to_table(columns=list(_COLUMNS), filter=wanted).sort_by(schema.PAIR_ID)
+    if not rows.column(schema.PAIR_ID).equals(chosen.column(schema.PAIR_ID)):
+        raise ConfigError(f"{data}/ names pairs that pairs/ lacks; run `fifa select` again")
+    for name in ("rank", "reward_margin"):
+        rows = rows.append_column(name, chosen.column(name))
+    return _plain(rows)
+
+
+def _plain(rows: pa.Table) -> pa.Table:
+    at = rows.schema.get_field_index("source_file")
+    return rows.set_column(at, "source_file", rows.column("source_file").cast(pa.string()))
+
+
+def _with_rewards(run: RunDir, config: FifaConfig, rows: pa.Table) -> pa.Table:
+    ids = rows.column(schema.PAIR_ID).to_numpy()
+    margins = np.full(len(rows), np.nan, np.float32)
+    stage = f"rewards/{config.rewards[0].name}"
+    if run.manifest(stage) is not None:
+        scored = run.read_table(*stage.split("/"), columns=[schema.PAIR_ID, "reward_margin"])
+        known = scored.column(schema.PAIR_ID).to_numpy()
+        at = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        margins = np.where(known[at] == ids, scored.column("reward_margin").to_numpy()[at], np.nan)
+    margin = pa.array(margins, pa.float32(), from_pandas=True)
+    return rows.append_column("rank", pa.array(np.arange(1, len(rows) + 1))).append_column(
+        "reward_margin", margin
+    )
+
+
+def _best(rows: pa.Table, max_pairs: int) -> pa.Table:
+    return rows.filter(pc.less_equal(rows.column("rank"), max_pairs))
+
+
+def _prompt_texts(run: RunDir, rows: pa.Table) -> pa.Table:
+    """(prompt_id, prompt) of the rows' prompts and of the empty prompt, sorted by id."""
+    ids = pc.unique(rows.column(schema.PROMPT_ID))
+    files = [run.path("prompts", name) for name in run.list("prompts")]
+    prompts = pads.dataset(files, filesystem=run.filesystem, format="parquet").to_table(
+        columns=[schema.PROMPT_ID, "prompt"], filter=pads.field(schema.PROMPT_ID).isin(ids)
+    )
+    if len(prompts) != len(ids):
+        raise ConfigError(
+            f"{run.uri}/prompts lacks {len(ids) - len(prompts):,} prompts of the pairs to train "
+            "on; run `fifa filter` again"
+        )
+    empty = pa.table({schema.PROMPT_ID: [schema.prompt_id("")], "prompt": [""]})
+    if not pc.is_in(empty.column(schema.PROMPT_ID), ids)[0].as_py():
+        prompts = pa.concat_tables([prompts, empty.cast(prompts.schema)])
+    return prompts.combine_chunks().sort_by(schema.PROMPT_ID)
+
+
+def write_tables(run: RunDir, stage: str, rows: pa.Table, prompts: pa.Table) -> dict[str, Any]:
+    """Write pairs/, images/ and prompts/ below `stage` from rows in the order of the source.
+
+    `rows` has the columns of a pair's places (`source_*`, refs and uids), rank and reward_margin.
+    """
+    folder = stage.split("/")
+    image_of, images = distinct_images(rows)
+    group = _dense(rows.column("source_file"), rows.column("source_group"))
+    pairs = pa.table(
+        [
+            rows.column(schema.PAIR_ID),
+            rows.column(schema.PROMPT_ID),
+            pa.array(image_of[:, 0]),
+            pa.array(image_of[:, 1]),
+            rows.column("reward_margin").cast(pa.float32()),
+            rows.column("rank"),
+            pa.array(group),
+        ],
+        schema=schema.TRAINING_PAIRS,
+    )
+    run.write_table(pairs, *folder, "pairs", part_name(0))
+    for index, (start, stop) in enumerate(_image_parts(images)):
+        run.write_table(images.slice(start, stop - start), *folder, "images", part_name(index))
+    for index, start in enumerate(range(0, len(prompts), PROMPTS_PER_PART)):
+        part = prompts.slice(start, PROMPTS_PER_PART).cast(schema.TRAINING_PROMPTS)
+        run.write_table(part, *folder, "prompts", part_name(index))
+    return {
+        "pairs": len(pairs),
+        "images": len(images),
+        "prompts": len(prompts) - 1,
+        "groups": int(group.max()) + 1,
+    }
+
+
+def distinct_images(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
+    """int64 (N, 2) image_id of each row's chosen and rejected image, and the table of images.
+
+    Two images are the same where the dataset gives them the same uid, or is silent on uids and
+    they are the same row and reference. An image's place is that of its first pair.
+    """
+    count = len(rows)
+    row = rows.column("source_row").cast(pa.string())
+    names = []
+    for side in ("chosen", "rejected"):
+        place = pc.binary_join_element_wise(
+            "place", rows.column("source_file"), row, rows.column(f"{side}_ref"), "\n"
+        )
+        uid = rows.column(f"{side}_uid")
+        named = pc.binary_join_element_wise("uid", uid.cast(pa.string()), "\n")
+        names.append(pc.coalesce(named, place).combine_chunks())
+    # chosen 0, rejected 0, chosen 1, ...: ids follow the order of the source.
+    turns = pa.array(np.arange(2 * count).reshape(2, count).T.ravel())
+    encoded = pc.dictionary_encode(pa.concat_arrays(_arrays(names)).take(turns))
+    image_of = encoded.indices.to_numpy().astype(np.int64)
+    _, first = np.unique(image_of, return_index=True)
+    of_row, is_rejected = pa.array(first // 2), pa.array(first % 2 == 1)
+    taken = rows.take(of_row)
+    refs = pc.if_else(is_rejected, taken.column("rejected_ref"), taken.column("chosen_ref"))
+    images = pa.table(
+        [
+            pa.array(np.arange(len(first))),
+            taken.column("source_file"),
+            taken.column("source_group").cast(pa.int32()),
+            taken.column("source_row"),
+            refs,
+            taken.column(schema.PAIR_ID),
+            taken.column(schema.PROMPT_ID),
+        ],
+        schema=schema.TRAINING_IMAGES,
+    )
+    return image_of.reshape(count, 2), images
+
+
+def _arrays(columns: list[Any]) -> list[pa.Array]:
+    return [
+        chunk
+        for column in columns
+        for chunk in (column.chunks if isinstance(column, pa.ChunkedArray) else [column])
+    ]
+
+
+def _dense(file: pa.ChunkedArray, group: pa.ChunkedArray) -> np.ndarray:
+    """int64 number of each row's (file, group), in order of appearance."""
+    names = pc.binary_join_element_wise(file, group.cast(pa.string()), "\n").combine_chunks()
+    array = pa.concat_arrays(_arrays([names]))
+    return np.asarray(pc.dictionary_encode(array).indices.to_numpy(), np.int64)
+
+
+def _image_parts(images: pa.Table) -> list[tuple[int, int]]:
+    smallest, largest = IMAGES_PER_PART
+    group = _dense(images.column("source_file"), images.column("source_group"))
+    ends = np.append(np.flatnonzero(np.diff(group)) + 1, len(group))
+    parts, start = [], 0
+    while start < len(group):
+        end = ends[np.searchsorted(ends, min(start + smallest, len(group)))]
+        stop = int(min(end, start + largest))
+        parts.append((start, stop))
+        start = stop
+    return parts
