@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-import ray.data
 from ray._private import ray_constants
 
 from fifa_ray.config import ActorsConfig, RayConfig
@@ -59,12 +58,21 @@ def _listen_on_loopback_only() -> None:
 
 
 def quiet_ray() -> None:
-    """Our own progress lines replace Ray Data's bars and Ray's notices of what it is doing."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    """Ray's notices and warnings of what it is doing go nowhere; its errors stay."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def quiet_ray_data() -> None:
+    """Our own progress lines replace Ray Data's bars.
+
+    Apart from `quiet_ray`, since ray.data brings pandas: 40 MB in each process that imports it.
+    """
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
 
 
 def gpus_per_actor(actors: ActorsConfig) -> float:
@@ -80,12 +88,14 @@ def actor_pool(actors: ActorsConfig) -> dict[str, Any]:
     Without `max_actors` the pool may take what the cluster has now; on a cluster that grows from
     nothing, set it.
     """
+    from ray.data import ActorPoolStrategy
+
     gpus = gpus_per_actor(actors)
     resources = ray.cluster_resources()
     room = resources.get("GPU", 0) / gpus if gpus else resources.get("CPU", 0) / actors.num_cpus
     largest = actors.max_actors or max(actors.min_actors, int(room))
     arguments: dict[str, Any] = {
-        "compute": ray.data.ActorPoolStrategy(min_size=actors.min_actors, max_size=largest),
+        "compute": ActorPoolStrategy(min_size=actors.min_actors, max_size=largest),
         "num_cpus": actors.num_cpus,
     }
     if gpus:

@@ -22,7 +22,7 @@ import ray.data
 from pyarrow import parquet as pq
 
 from fifa_ray import schema
-from fifa_ray.engine.cluster import reserved_seconds
+from fifa_ray.engine.cluster import quiet_ray_data, reserved_seconds
 from fifa_ray.engine.progress import Progress
 from fifa_ray.run_dir import Manifest, RunDir
 
@@ -140,6 +140,7 @@ def _execute(
     done: np.ndarray,
     total: int,
 ) -> None:
+    quiet_ray_data()
     items = work_items(run, stage.input_table, stage.rows_per_item, stage.boundary)
     # Reading and writing small rows ask for no core: a share of one could never be had beside an
     # actor that holds the only core of a small machine. Their number is bounded instead.

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import ray
 
@@ -28,6 +27,9 @@ Columns = Mapping[str, np.ndarray]
 PAIRS_PER_PART = 250
 # The entropy of larger sets is estimated on a sample of this many distinct prompts.
 ENTROPY_PROMPTS = 20_000
+
+# Rows decoded at once while a few of them are picked: memory does not grow with the row groups.
+BATCH_ROWS = 16_384
 
 TERM_COLUMNS = ("margin_term", "quality_term", "diversity_term")
 
@@ -125,23 +127,44 @@ def _take_rows(run: RunDir, part: str, rows: np.ndarray) -> pa.Table:
     file = pq.ParquetFile(run.filesystem.open_input_file(run.path("pairs", part)))
     lengths = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     ends = np.cumsum(lengths)
-    group = np.searchsorted(ends, rows, side="right")
-    tables = [
-        file.read_row_group(int(index)).take(rows[group == index] - (ends - lengths)[index])
-        for index in np.unique(group)
-    ]
+    tables = []
+    for index in np.unique(np.searchsorted(ends, rows, side="right")):
+        start = int(ends[index] - lengths[index])
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=[int(index)]):
+            stop = start + len(batch)
+            inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
+            if len(inside):
+                tables.append(pa.table(batch).take(inside - start))
+            start = stop
     return pa.concat_tables(tables)
 
 
 def _rows_with_ids(run: RunDir, table: str, columns: list[str], prompt_ids: np.ndarray) -> pa.Table:
     """Rows of a table by prompt_id, sorted by it; row groups that hold none are not read."""
-    dataset = pads.dataset(
-        [run.path(table, name) for name in run.list(table)],
-        filesystem=run.filesystem,
-        format="parquet",
-    )
-    wanted = pads.field("prompt_id").isin(pa.array(prompt_ids))
-    return dataset.to_table(columns=columns, filter=wanted).combine_chunks().sort_by("prompt_id")
+    wanted = ray.put(np.sort(prompt_ids))
+    refs = [_rows_of_part.remote(run, table, part, columns, wanted) for part in run.list(table)]
+    return pa.concat_tables(ray.get(refs)).combine_chunks().sort_by("prompt_id")
+
+
+@ray.remote(num_cpus=1)
+def _rows_of_part(
+    run: RunDir, table: str, part: str, columns: list[str], wanted: np.ndarray
+) -> pa.Table:
+    """Rows of one part with these ids (sorted), a batch in memory at a time."""
+    file = pq.ParquetFile(run.filesystem.open_input_file(run.path(table, part)))
+    place = file.schema_arrow.get_field_index("prompt_id")
+    tables = [file.schema_arrow.empty_table().select(columns)]
+    for index in range(file.num_row_groups):
+        statistics = file.metadata.row_group(index).column(place).statistics
+        if statistics is not None and statistics.has_min_max:
+            first = np.searchsorted(wanted, statistics.min)
+            if first == np.searchsorted(wanted, statistics.max, side="right"):
+                continue
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=[index], columns=columns):
+            kept = np.isin(batch.column("prompt_id").to_numpy(), wanted)
+            if kept.any():
+                tables.append(pa.table(batch).filter(kept))
+    return pa.concat_tables(tables)
 
 
 def describe_pairs(columns: Columns, lookup: Lookup) -> pa.Table:

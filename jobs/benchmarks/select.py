@@ -54,7 +54,9 @@ def select(pairs: int, selection_size: int, repeats: int, folder: str | None) ->
         context = get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as process:
             seconds, peak, chosen = process.submit(_with_polars, run.uri, config, repeats).result()
-        ours, our_peak, our_chosen = _with_ray(run, config, repeats)
+        # Each in a process of its own, which holds nothing but what it needs.
+        with ProcessPoolExecutor(1, mp_context=context) as process:
+            ours, our_peak, our_chosen = process.submit(_with_ray, run, config, repeats).result()
     click.echo(f"{pairs:,} pairs, K = {selection_size:,}, {repeats} runs")
     click.echo(f"polars in memory  {spread(seconds, ' s')}  peak {peak / MEGABYTE:,.0f} MB")
     working = our_peak.total / MEGABYTE
