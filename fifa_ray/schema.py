@@ -163,12 +163,47 @@ LATENT_PROMPTS = pa.schema(
     ]
 )
 
-# training/<name>/pairs/: the pairs that a training learned from and those it held out.
+# training/<name>/pairs/: the pairs that a training learned from and those it held out, in the
+# order of the source; the table that its workers read.
 TRAINED_PAIRS = pa.schema(
     [
         pa.field(PAIR_ID, pa.int64(), nullable=False),
         pa.field(PROMPT_ID, pa.int64(), nullable=False),
         pa.field("split", pa.string(), nullable=False),  # train or validation
+        pa.field("chosen_image", pa.int64(), nullable=False),  # image_id of the training data
+        pa.field("rejected_image", pa.int64(), nullable=False),
+        pa.field("reward_margin", pa.float32(), nullable=False),  # in standard deviations
+        pa.field("group", pa.int64(), nullable=False),
+    ]
+)
+
+# evaluation/prompts/: one row for each image that every model draws. image_id numbers from 0.
+EVALUATION_PROMPTS = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field(PROMPT_ID, pa.int64(), nullable=False),
+        pa.field("image_index", pa.int32(), nullable=False),  # of the images of this prompt
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("category", pa.string()),
+        pa.field("image_seed", pa.int64(), nullable=False),
+    ]
+)
+
+# evaluation/images/<model>/
+EVALUATION_IMAGES = pa.schema(
+    [
+        *EVALUATION_PROMPTS,
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),  # PNG or JPEG
+    ]
+)
+
+# evaluation/rewards/<model>/<reward>/
+EVALUATION_REWARDS = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field(PROMPT_ID, pa.int64(), nullable=False),
+        pa.field("reward", pa.float64(), nullable=False),
     ]
 )
 
