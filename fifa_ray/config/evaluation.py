@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from fifa_ray.config.scorers import RewardConfig
 from fifa_ray.config.sections import ActorsConfig, Section
 from fifa_ray.config.training import Precision
 
@@ -12,20 +13,30 @@ class EvaluateConfig(Section):
     """Draw the same prompts with the same seeds by several models, and count who wins."""
 
     trainings: tuple[str, ...] | None = Field(
-        None, description="Names of trainings to compare with the base; null: train.name."
+        None,
+        min_length=1,
+        description="What to compare with the base and with each other: names of this run's "
+        "trainings, and folders or URIs of others' (RUN/training/NAME, a pipeline or LoRA folder), "
+        "as LABEL=FOLDER to name them; null: train.name.",
     )
     prompts: str = Field(
         "held_out",
-        description="held_out (prompts of the dataset that are not in the training's pairs), or a "
-        "file: .txt with a prompt a line, .jsonl, .csv or .parquet with a column prompt and, "
-        "where there is one, category.",
+        description="held_out (prompts of the dataset that no selection and no evaluated training "
+        "has), general (a packaged list with categories), or a file: .txt with a prompt a line, "
+        ".jsonl, .json, .csv, .tsv or .parquet with a column prompt and, where there is one, "
+        "category.",
     )
     num_prompts: int | None = Field(
         200, ge=1, description="At most this many prompts, a seeded sample; null: all."
     )
     images_per_prompt: int = Field(1, ge=1, description="Images, that is seeds, per prompt.")
     rewards: tuple[str, ...] | None = Field(
-        None, description="Names of configured rewards that score the images; null: all."
+        None,
+        min_length=1,
+        description="Names of rewards and extra_rewards that score the images; null: all.",
+    )
+    extra_rewards: tuple[RewardConfig, ...] = Field(
+        (), description="Reward models that take no part in filtering: independent judges."
     )
     num_inference_steps: int = Field(50, ge=1, description="Denoising steps of the sampler.")
     guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance.")

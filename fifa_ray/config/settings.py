@@ -125,7 +125,7 @@ class FifaConfig(Section):
 
     @model_validator(mode="after")
     def _unique_rewards(self) -> "FifaConfig":
-        names = [reward.name for reward in self.rewards]
+        names = [reward.name for reward in (*self.rewards, *self.evaluate.extra_rewards)]
         if len(set(names)) < len(names):
             raise ValueError(f"reward names must differ, got {names}")
         return self
