@@ -98,6 +98,28 @@ def select(run: str, overrides: tuple[str, ...]) -> None:
 
 
 @main.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and stop.")
+@_explained
+def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Align a text-to-image model with the pairs of CONFIG: a YAML file, a preset, or a run's
+    folder, e.g. `fifa train runs/x train.name=lora train.lora.rank=16`.
+
+    Running the same command again skips what is complete and goes on from the newest checkpoint.
+    """
+    from fifa_ray.training import open_training
+    from fifa_ray.training import train as run_training
+
+    _, loaded = open_training(config, overrides)
+    if dry_run:
+        click.echo(dump_config(loaded), nl=False)
+        return
+    run = run_training(config, overrides)
+    click.echo(f"Model: {run.path('training', loaded.train.name, 'model')}")
+
+
+@main.command()
 @click.argument("run")
 @_explained
 def report(run: str) -> None:

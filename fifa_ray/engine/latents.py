@@ -75,8 +75,9 @@ def run_latents(
     settings = config.train
     identity = fingerprint(
         "latents",
-        weights,
-        model_settings(settings),
+        weights["sha256"],
+        settings.resolution,
+        settings.precision,
         settings.cache_dtype,
         settings.random_flip,
         data.fingerprint,

@@ -50,12 +50,13 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     averaged: AveragedWeights | None,
 ) -> None:
-    """Write a checkpoint into an empty folder; `state.json`, written last, completes it."""
+    """Write a checkpoint into an empty folder; `state.json` says how long the other files are."""
     save_file(on_cpu(model.trainable_state()), folder / WEIGHTS)
     if averaged is not None:
         save_file(on_cpu(_numbered(averaged.averages)), folder / AVERAGE)
     torch.save(optimizer.state_dict(), folder / OPTIMIZER)
-    (folder / STATE).write_text(json.dumps(asdict(state)))
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    (folder / STATE).write_text(json.dumps(asdict(state) | {"sizes": sizes}))
 
 
 def load_checkpoint(
@@ -65,7 +66,9 @@ def load_checkpoint(
     averaged: AveragedWeights | None,
 ) -> TrainState:
     """Put everything back as it was. Raises ValueError where the weights' names differ."""
-    state = TrainState(**json.loads((folder / STATE).read_text()))
+    values = json.loads((folder / STATE).read_text())
+    values.pop("sizes")
+    state = TrainState(**values)
     model.load_trainable_state(load_file(folder / WEIGHTS))
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
     if averaged is not None:

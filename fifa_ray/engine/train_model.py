@@ -1,8 +1,10 @@
 """The model that a configuration trains, opened in whatever process needs it."""
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import ray
 
 from fifa_ray.config import TrainConfig
 
@@ -33,6 +35,35 @@ def load_model(
         gradient_checkpointing=settings.gradient_checkpointing and trains,
         seed=seed,
     )
+
+
+def describe_model(settings: TrainConfig) -> dict[str, Any]:
+    """Source, hub commit and SHA-256 of every weight file, found out where the model will be used.
+
+    Raises FileNotFoundError or ValueError where there is no pipeline that can be trained.
+    """
+    try:
+        described: dict[str, Any] = ray.get(_describe.remote(settings))
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+    return described
+
+
+@ray.remote(num_cpus=1, max_calls=1)
+def _describe(settings: TrainConfig) -> dict[str, Any]:
+    from fifa_ray.models.diffusion_files import pipeline_folder
+    from fifa_ray.models.weight_files import describe_weights
+
+    folder = pipeline_folder(settings.model, settings.revision, settings.variant)
+    digests: dict[str, str] = {}
+    commit = None
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = describe_weights(settings.model, [inner])
+        commit = commit or files.revision
+        digests |= {f"{inner.name}/{name}": digest for name, digest in files.sha256.items()}
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*/*config*.json")]):
+        digests[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"source": settings.model, "revision": commit, "sha256": digests}
 
 
 def pixel_tensor(images: "list[np.ndarray]", device: "torch.device | str") -> "torch.Tensor":

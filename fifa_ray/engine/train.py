@@ -1,0 +1,304 @@
+"""The training stage: data, latents, workers on Ray Train, and the published model.
+
+    training/<name>/  pairs/ metrics.jsonl tensorboard/ samples/ checkpoints/ best/ model/
+
+A training has a fingerprint of its data, base weights and every setting that its result depends on.
+The same command again skips a complete training, resumes one that died from its newest checkpoint,
+and starts anew when the fingerprint has changed. How the work is shared out (workers, batch that
+fits, checkpoints, loggers) is not part of it and may change between attempts.
+"""
+
+import contextlib
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import ray
+import ray.train
+import ray.train.torch as train_torch
+
+from fifa_ray import schema
+from fifa_ray.config import ConfigError, FifaConfig, TrainConfig
+from fifa_ray.engine.latents import LatentCache, LatentLayout, run_latents
+from fifa_ray.engine.map_stage import quarantine_rows
+from fifa_ray.engine.train_inputs import TrainJob
+from fifa_ray.engine.train_loop import PARTIAL_MODEL, train_worker
+from fifa_ray.engine.train_metrics import check_loggers
+from fifa_ray.engine.train_model import describe_model
+from fifa_ray.engine.train_pairs import TRAIN, VALIDATION, write_trained_pairs
+from fifa_ray.engine.train_progress import TrainProgress
+from fifa_ray.engine.train_storage import CHECKPOINTS, mend_snapshot
+from fifa_ray.engine.training_data import TrainingData, prepare_training_data
+from fifa_ray.models.model_card import model_card
+from fifa_ray.run_dir import Manifest, RunDir, fingerprint, part_name
+
+logger = logging.getLogger(__name__)
+
+# Its names are those of Train V2 at run time, of V1 to a type checker.
+_train: Any = ray.train
+
+IDENTITY_FILE = "fingerprint.json"
+
+# Settings that change how the work is done but not what comes out of it.
+_WORK_SETTINGS = {
+    "name",
+    # What the weights are is said by their digests.
+    "model",
+    "revision",
+    "variant",
+    "loader_memory",
+    "per_device_batch_size",
+    "num_workers",
+    "min_workers",
+    "num_cpus_per_worker",
+    "use_gpu",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_failures",
+    "loggers",
+    "cache_actors",
+}
+
+
+def run_train(run: RunDir, config: FifaConfig) -> Manifest:
+    """Train what `config.train` says, or the rest of it; at once if it is complete.
+
+    Raises ConfigError where there is nothing to train on, the model cannot be trained, or the
+    cluster has no room for the workers; RuntimeError when workers failed too often.
+    """
+    settings = config.train
+    stage = f"training/{settings.name}"
+    check_loggers(settings.loggers)
+    run = _absolute(run)
+    data = prepare_training_data(run, config)
+    weights = describe_model(settings)
+    seed = config.seed if settings.seed is None else settings.seed
+    identity = fingerprint(
+        "training",
+        data.fingerprint,
+        weights["sha256"],
+        settings.model_dump(mode="json", exclude=_WORK_SETTINGS),
+        config.images.model_dump(),
+        seed,
+    )
+    found = run.manifest(stage)
+    if found is not None and found.fingerprint == identity:
+        logger.info("%s: already complete, %s", stage, run.path(stage, "model"))
+        return found
+    _resume_or_clear(run, stage, identity)
+    started = time.monotonic()
+    use_gpu = _use_gpu(settings)
+    scaling = _scaling(settings, use_gpu)
+    cache = run_latents(run, config, data, weights) if settings.cache_latents else None
+    pairs, bad_images = _usable_pairs(run, data, cache)
+    counts = write_trained_pairs(
+        run, stage, pairs, validation_pairs=settings.validation_pairs, seed=seed
+    )
+    job = TrainJob(
+        run=run,
+        stage=stage,
+        identity=identity,
+        settings=settings,
+        images=config.images,
+        seed=seed,
+        data_stage=data.stage,
+        source=data.source,
+        latents=(cache.folder, LatentLayout.of(cache.images)) if cache is not None else None,
+        sampler=(config.evaluate.num_inference_steps, config.evaluate.guidance_scale),
+    )
+    summary = _fit(job, scaling, use_gpu)
+    bad = bad_images | {int(pair): reason for pair, reason in summary.pop("bad_pairs").items()}
+    manifest = Manifest(
+        stage=stage,
+        fingerprint=identity,
+        rows_in=data.manifest.rows_out,
+        rows_out=counts[TRAIN] - (len(bad) - len(bad_images)),
+        quarantined=_reasons(bad)
+        | ({"held_out": counts[VALIDATION]} if counts[VALIDATION] else {}),
+        seconds=time.monotonic() - started,
+        config=settings.model_dump(mode="json"),
+        details={
+            "data": settings.data,
+            "pairs": counts[TRAIN],
+            "validation_pairs": counts[VALIDATION],
+            "data_stage": data.stage,
+            "latents": cache.folder if cache is not None else None,
+            "model": weights,
+            "seed": seed,
+        }
+        | summary,
+    )
+    return _publish(run, config, manifest, bad)
+
+
+def _absolute(run: RunDir) -> RunDir:
+    """The run under a path that means the same in a worker, whose working folder is another."""
+    return RunDir(run.root) if isinstance(run.filesystem, pafs.LocalFileSystem) else run
+
+
+def _resume_or_clear(run: RunDir, stage: str, identity: str) -> None:
+    before = None
+    if run.exists(stage, IDENTITY_FILE):
+        before = json.loads(run.read_text(stage, IDENTITY_FILE))["fingerprint"]
+    if before == identity:
+        logger.info("%s: goes on from its newest checkpoint", stage)
+        return
+    if before is not None:
+        logger.info("%s: configuration, data or model changed, so it starts anew", stage)
+    run.invalidate(stage)
+    run.write_text(json.dumps({"fingerprint": identity}), stage, IDENTITY_FILE)
+
+
+def _usable_pairs(
+    run: RunDir, data: TrainingData, cache: LatentCache | None
+) -> tuple[pa.Table, dict[int, str]]:
+    """schema.TRAINING_PAIRS of pairs whose images could be encoded, and bad pairs' reasons."""
+    pairs = run.read_table(f"{data.stage}/pairs").combine_chunks()
+    if cache is None or not cache.images.rows_quarantined:
+        return pairs, {}
+    encoded = run.read_table(f"{cache.folder}/images", columns=["image_id"]).column(0).to_numpy()
+    good = np.isin(pairs.column("chosen_image").to_numpy(), encoded)
+    good &= np.isin(pairs.column("rejected_image").to_numpy(), encoded)
+    bad = pairs.filter(pa.array(~good)).column(schema.PAIR_ID).to_pylist()
+    return pairs.filter(pa.array(good)), dict.fromkeys(bad, "bad_image")
+
+
+def _reasons(bad: dict[int, str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in bad.values():
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+# Ray Train
+
+
+def _use_gpu(settings: TrainConfig) -> bool:
+    if settings.use_gpu is not None:
+        return settings.use_gpu
+    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+
+
+def _scaling(settings: TrainConfig, use_gpu: bool) -> Any:
+    """Workers and their resources. Raises ConfigError where a cluster of one node is too small."""
+    needed = {"CPU": settings.num_cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
+    least = settings.min_workers or settings.num_workers
+    resources = ray.cluster_resources()
+    room = min(int(resources.get(name, 0) / amount + 1e-9) for name, amount in needed.items())
+    if room < least:
+        wants = " and ".join(f"{amount * least:g} {name}" for name, amount in needed.items())
+        has = " and ".join(f"{resources.get(name, 0):g} {name}" for name in needed)
+        problem = (
+            f"{least} workers of train.num_workers need {wants}, the cluster has {has} now: there "
+            f"is room for {room}; lower train.num_workers or train.num_cpus_per_worker"
+        )
+        if len(ray.nodes()) == 1:
+            raise ConfigError(problem)
+        logger.warning("%s, or wait for the cluster to grow", problem)
+    workers: int | tuple[int, int] = settings.num_workers
+    if settings.min_workers is not None and settings.min_workers < settings.num_workers:
+        workers = (settings.min_workers, settings.num_workers)
+    return _train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=needed)
+
+
+def _fit(job: TrainJob, scaling: Any, use_gpu: bool) -> dict[str, Any]:
+    """Run the workers to the end, restarting them as often as allowed; rank 0's summary."""
+    settings, run = job.settings, job.run
+    job = replace(job, resume_from=mend_snapshot(run, job.stage))
+    worker: Any = train_worker
+    trainer = train_torch.TorchTrainer(
+        worker,
+        train_loop_config={"job": job},
+        scaling_config=scaling,
+        torch_config=train_torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        run_config=_train.RunConfig(
+            name=CHECKPOINTS,
+            storage_path=run.path(job.stage),
+            storage_filesystem=run.filesystem,
+            failure_config=_train.FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=_train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
+            worker_runtime_env=_worker_environment(),
+        ),
+    )
+    progress = TrainProgress(run, job.stage, settings.max_steps)
+    try:
+        with progress, _interrupts_as_before():
+            result: Any = trainer.fit()
+    except _train.TrainingFailedError as error:
+        raise RuntimeError(
+            f"{job.stage} failed: {_cause(error)}. Its checkpoints are kept: the same command "
+            "goes on from the newest"
+        ) from error
+    summary: dict[str, Any] = result.return_value
+    return summary
+
+
+def _worker_environment() -> dict[str, Any]:
+    """On a cluster of this machine alone, workers talk over the loopback interface."""
+    addresses = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if addresses == {"127.0.0.1"}:
+        return {"env_vars": {"GLOO_SOCKET_IFNAME": "lo"}}
+    return {}
+
+
+@contextlib.contextmanager
+def _interrupts_as_before() -> Iterator[None]:
+    """Ray Train takes over Ctrl-C, ends the process by SystemExit, and never gives it back."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        with contextlib.suppress(ValueError):  # not in the main thread: nothing was taken over
+            signal.signal(signal.SIGINT, before)
+
+
+def _cause(error: Exception) -> str:
+    failures = getattr(error, "worker_failures", None)
+    inner: Any = next(iter(failures.values())) if failures else error
+    while getattr(inner, "cause", None) is not None:
+        inner = inner.cause
+    return f"{type(inner).__name__}: {inner}"
+
+
+# Publishing
+
+
+def _publish(run: RunDir, config: FifaConfig, manifest: Manifest, bad: dict[int, str]) -> Manifest:
+    """Card, model, quarantine, manifest: the model appears whole, the manifest last."""
+    stage = manifest.stage
+    card = model_card(manifest, config, run.manifests())
+    run.write_text(card, stage, PARTIAL_MODEL, "README.md")
+    run.remove(stage, "model")
+    _move(run, f"{stage}/{PARTIAL_MODEL}", f"{stage}/model")
+    if bad:
+        rows = quarantine_rows(stage, list(bad.values()), pair_id=pa.array(list(bad), pa.int64()))
+        run.write_table(rows, "quarantine", *stage.split("/"), part_name(0))
+    published = run.publish(manifest)
+    logger.info(
+        "%s: %s optimizer steps on %s pairs in %.0f s, model in %s",
+        stage,
+        f"{manifest.details['optimizer_steps']:,}",
+        f"{manifest.rows_out:,}",
+        manifest.seconds,
+        run.path(stage, "model"),
+    )
+    return published
+
+
+def _move(run: RunDir, source: str, target: str) -> None:
+    if isinstance(run.filesystem, pafs.LocalFileSystem):
+        run.filesystem.move(run.path(source), run.path(target))
+        return
+    # Object stores have no folders to rename; the manifest, written last, makes it whole.
+    pafs.copy_files(run.path(source), run.path(target), run.filesystem, run.filesystem)
+    run.remove(source)
