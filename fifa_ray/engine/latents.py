@@ -75,7 +75,7 @@ def run_latents(
     settings = config.train
     identity = fingerprint(
         "latents",
-        weights["sha256"],
+        encoder_digests(weights),
         settings.resolution,
         settings.precision,
         settings.cache_dtype,
@@ -88,6 +88,13 @@ def run_latents(
     images = _run_images(run, config, data, folder, identity, device)
     prompts = _run_prompts(run, config, data, folder, identity, device)
     return LatentCache(images, prompts)
+
+
+def encoder_digests(weights: dict[str, Any]) -> dict[str, str]:
+    """Digests of what encodes, so that models that share their encoders share their latents."""
+    others = ("unet/", "transformer/", "scheduler/", "safety_checker/", "model_index.json")
+    digests: dict[str, str] = weights["sha256"]
+    return {name: digest for name, digest in digests.items() if not name.startswith(others)}
 
 
 def _run_images(
@@ -177,7 +184,7 @@ class _Encoder:
             torch.set_num_threads(max(1, int(settings.cache_actors.num_cpus)))
         self.settings, self.device = settings, device
         self.dtype = torch.float16 if settings.cache_dtype == "float16" else torch.float32
-        self.model = load_model(settings, device, trains=False)
+        self.model = load_model(settings, device, parts="encoders")
 
 
 class EncodeImages(_Encoder):

@@ -7,7 +7,6 @@ Data order and noise need no state: they follow from the step.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def save_checkpoint(
     """Write a checkpoint into an empty folder; `state.json` says how long the other files are."""
     save_file(on_cpu(model.trainable_state()), folder / WEIGHTS)
     if averaged is not None:
-        save_file(on_cpu(_numbered(averaged.averages)), folder / AVERAGE)
+        save_file(on_cpu(averaged.averages), folder / AVERAGE)
     torch.save(optimizer.state_dict(), folder / OPTIMIZER)
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     (folder / STATE).write_text(json.dumps(asdict(state) | {"sizes": sizes}))
@@ -72,15 +71,10 @@ def load_checkpoint(
     model.load_trainable_state(load_file(folder / WEIGHTS))
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
     if averaged is not None:
-        saved = load_file(folder / AVERAGE)
-        averaged.load([saved[name] for name in _numbered(averaged.averages)])
+        averaged.load(load_file(folder / AVERAGE))
     return state
 
 
 def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Detached copies of named tensors that share no memory, as safetensors wants them."""
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-
-
-def _numbered(tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {f"{index:06d}": tensor for index, tensor in enumerate(tensors)}

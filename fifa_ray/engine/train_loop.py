@@ -79,14 +79,16 @@ class Training:
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, int(settings.num_cpus_per_worker)))
-        self.model = load_model(settings, str(self.device), seed=job.seed)
-        self.parameters = [p for p in self.model.denoiser.parameters() if p.requires_grad]
+        encodes = job.latents is None or bool(settings.sample_prompts)
+        self.model = load_model(
+            settings, str(self.device), parts="all" if encodes else "denoiser", seed=job.seed
+        )
+        named = {n: p for n, p in self.model.denoiser.named_parameters() if p.requires_grad}
+        self.parameters = list(named.values())
         self.optimizer = build_optimizer(
             self.parameters, settings.optimizer, base_learning_rate(settings)
         )
-        self.averaged = (
-            AveragedWeights(self.parameters, settings.ema_decay) if settings.ema_decay else None
-        )
+        self.averaged = AveragedWeights(named, settings.ema_decay) if settings.ema_decay else None
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.model.dtype == torch.float16
         )
@@ -174,6 +176,8 @@ class Training:
 
     def _step(self, inputs: StepInputs, *, rehearse: bool) -> None:
         started = time.monotonic()
+        # Dropout inside adapters, if any, is all that draws from torch's own state.
+        torch.manual_seed(hash((self.job.seed, self.state.step, self.rank)))
         self.bad_pairs |= {str(pair): reason for pair, reason in inputs.bad.items()}
         batches = inputs.batches
         num_pairs = self._count_pairs(inputs.num_pairs)

@@ -11,13 +11,13 @@ from fifa_ray.config import TrainConfig
 if TYPE_CHECKING:
     import torch
 
-    from fifa_ray.models.diffusion import DiffusionModel
+    from fifa_ray.models.diffusion import DiffusionModel, Parts
 
 
 def load_model(
-    settings: TrainConfig, device: str, *, seed: int = 0, trains: bool = True
+    settings: TrainConfig, device: str, *, parts: "Parts" = "all", seed: int = 0
 ) -> "DiffusionModel":
-    """Open `train.model` on a device; with `trains` off without adapters, to encode alone.
+    """Open `train.model` on a device: encoders to fill the cache, denoiser to train, or all.
 
     Raises FileNotFoundError or ValueError where there is no pipeline that can be trained.
     """
@@ -27,13 +27,14 @@ def load_model(
     return build_diffusion_model(
         settings.model,
         resolution=settings.resolution,
-        lora=settings.lora if trains else None,
+        lora=settings.lora,
         device=device,
         dtype=compute_dtype(settings.precision, device),
         revision=settings.revision,
         variant=settings.variant,
-        gradient_checkpointing=settings.gradient_checkpointing and trains,
+        gradient_checkpointing=settings.gradient_checkpointing,
         seed=seed,
+        parts=parts,
     )
 
 
@@ -61,7 +62,8 @@ def _describe(settings: TrainConfig) -> dict[str, Any]:
         files = describe_weights(settings.model, [inner])
         commit = commit or files.revision
         digests |= {f"{inner.name}/{name}": digest for name, digest in files.sha256.items()}
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*/*config*.json")]):
+    others = [p for end in ("json", "txt", "model") for p in folder.glob(f"**/*.{end}")]
+    for path in sorted(others):
         digests[str(path.relative_to(folder))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return {"source": settings.model, "revision": commit, "sha256": digests}
 

@@ -1,7 +1,7 @@
 """Optimiser, schedule, gradient scaling and averaged weights, from the settings."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,20 +92,20 @@ def build_schedule(optimizer: torch.optim.Optimizer, settings: TrainConfig, step
 class AveragedWeights:
     """Exponential moving average of the trained parameters, float32, on their device."""
 
-    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
-        self.parameters = list(parameters)
-        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
+        self.parameters = [parameter.detach() for parameter in parameters.values()]
+        self.averages = {name: p.detach().clone() for name, p in parameters.items()}
         self.average = get_ema_multi_avg_fn(decay)
 
     def update(self) -> None:
         """Take in the parameters after an optimizer step."""
-        self.average(self.averages, [p.detach() for p in self.parameters], 0)
+        self.average(list(self.averages.values()), self.parameters, 0)
 
     @torch.no_grad()
-    def load(self, averages: Sequence[Tensor]) -> None:
+    def load(self, averages: Mapping[str, Tensor]) -> None:
         """Put back what `averages` held."""
-        for mine, other in zip(self.averages, averages, strict=True):
-            mine.copy_(other)
+        for name, mine in self.averages.items():
+            mine.copy_(averages[name])
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -118,7 +118,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for parameter, average in zip(self.parameters, self.averages, strict=True):
-            kept = parameter.detach().clone()
+        for parameter, average in zip(self.parameters, self.averages.values(), strict=True):
+            kept = parameter.clone()
             parameter.copy_(average)
             average.copy_(kept)

@@ -3,28 +3,70 @@
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 import torch
+from PIL import Image
 
 from fifa_ray.engine.train_inputs import TrainJob
-from fifa_ray.models.diffusion import DiffusionModel
 from fifa_ray.run_dir import RunDir
 
 
-def draw_samples(job: TrainJob, model: DiffusionModel, step: int, indices: Iterable[int]) -> None:
+def draw_samples(job: TrainJob, model: Any, step: int, indices: Iterable[int]) -> None:
     """Draw some of the sample prompts, each with its own fixed seed, into samples/ as PNG files."""
-    num_steps, guidance = job.sampler
     for index in indices:
-        prompt = job.settings.sample_prompts[index]
-        generator = torch.Generator().manual_seed(job.seed + index)
-        image = model.generate(
-            [prompt], [generator], num_inference_steps=num_steps, guidance_scale=guidance
-        )[0]
+        image = draw(model, job, job.settings.sample_prompts[index], job.seed + index)
         data = io.BytesIO()
         image.save(data, "PNG")
         with job.run.open_atomic(job.stage, "samples", sample_name(step, index)) as stream:
             stream.write(data.getvalue())
+
+
+def draw(model: Any, job: TrainJob, prompt: str, seed: int) -> Image.Image:
+    """One image of the model as it is, by its own pipeline and sampler.
+
+    The denoiser's float32 weights meet half-precision text under autocast; the VAE decodes outside
+    of it, in its own type, because some of them overflow.
+    """
+    pipeline, side = model.pipeline, job.settings.resolution
+    num_steps, guidance = job.sampler
+    was_training = model.denoiser.training
+    model.denoiser.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    half = model.dtype != torch.float32
+    try:
+        with torch.no_grad():
+            with torch.autocast(model.device.type, dtype=model.dtype, enabled=half):
+                latents = pipeline(
+                    prompt,
+                    height=side,
+                    width=side,
+                    num_inference_steps=num_steps,
+                    guidance_scale=guidance,
+                    generator=torch.Generator().manual_seed(seed),
+                    output_type="latent",
+                ).images
+            return _decode(pipeline, latents, side)
+    finally:
+        model.denoiser.train(was_training)
+
+
+def _decode(pipeline: Any, latents: torch.Tensor, side: int) -> Image.Image:
+    vae = pipeline.vae
+    if latents.ndim == 3:  # FLUX packs 2 x 2 latents
+        latents = pipeline._unpack_latents(latents, side, side, pipeline.vae_scale_factor)
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    latents = latents.float() / vae.config.scaling_factor
+    if mean is not None and std is not None:
+        shape = (1, -1, 1, 1)
+        latents = latents * latents.new_tensor(std).view(shape)
+        latents = latents + latents.new_tensor(mean).view(shape)
+    else:
+        latents = latents + (vae.config.get("shift_factor") or 0.0)
+    pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    image: Image.Image = pipeline.image_processor.postprocess(pixels.float())[0]
+    return image
 
 
 def sample_name(step: int, index: int) -> str:

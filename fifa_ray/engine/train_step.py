@@ -6,7 +6,7 @@ batches: every pair has the weight W/G, because DDP averages over the W workers.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -74,16 +74,9 @@ class PairLoss:
             latents = sample_latents(batch, model)
             noisy = model.add_noise(latents, noise, timesteps)
             target = model.target(latents, noise, timesteps)
-        with self.autocast():
-            predicted = model.predict(denoiser, noisy, timesteps, conditioning)
+        predicted = model.predict(denoiser, noisy, timesteps, conditioning)
         chosen, rejected = denoising_error(predicted, target).chunk(2)
         return chosen, rejected
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """Trained weights stay float32; products are made in the compute type."""
-        if self.model.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.model.device.type, dtype=self.model.dtype)
 
 
 class GradientStep:

@@ -1,6 +1,7 @@
 """The README.md of a trained model: what it is, from what, how, and how well it did."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ import yaml
 
 from fifa_ray.config import FifaConfig
 from fifa_ray.run_dir import Manifest
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def model_card(training: Manifest, config: FifaConfig, manifests: Mapping[str, Manifest]) -> str:
@@ -21,8 +24,7 @@ def model_card(training: Manifest, config: FifaConfig, manifests: Mapping[str, M
     front = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "base_model": _one_line(settings.model),
-        "base_model_relation": "adapter" if is_lora else "finetune",
+        **_base(settings.model, is_lora),
         "tags": ["fifa-ray", "diffusion-dpo", *(["lora"] if is_lora else [])],
     }
     sections = [
@@ -40,6 +42,13 @@ def model_card(training: Manifest, config: FifaConfig, manifests: Mapping[str, M
         f"SHA-256 of the base weights:\n\n```json\n{json.dumps(details['model'], indent=1)}\n```",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _base(model: str, is_lora: bool) -> dict[str, str]:
+    """The hub's link to the base model; nothing for a folder, which the hub does not know."""
+    if not _HUB_NAME.fullmatch(model):
+        return {}
+    return {"base_model": model, "base_model_relation": "adapter" if is_lora else "finetune"}
 
 
 def _what(training: Manifest, config: FifaConfig) -> str:
