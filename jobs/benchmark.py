@@ -4,6 +4,7 @@
     python -m jobs.benchmark score            # (a) the scoring pass against a bare loop
     python -m jobs.benchmark memory           # (d) peak memory while streaming images
     python -m jobs.benchmark neighbors        # (b) the k-NN self-join against FAISS
+    python -m jobs.benchmark train            # (e) training against the plain loop, caching, DDP
 
 Each prints the machine, the versions, medians with their spread, and ratios from the same run:
 absolute figures of a shared machine say little.
@@ -15,6 +16,7 @@ from jobs.benchmarks.memory import memory
 from jobs.benchmarks.neighbors import neighbors
 from jobs.benchmarks.score import score
 from jobs.benchmarks.select import select
+from jobs.benchmarks.train import train
 
 GROUP_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
@@ -24,7 +26,7 @@ def main() -> None:
     """Measure one part of fifa-ray."""
 
 
-for command in (score, neighbors, select, memory):
+for command in (score, neighbors, select, memory, train):
     main.add_command(command)
 
 if __name__ == "__main__":

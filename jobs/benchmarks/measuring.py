@@ -54,7 +54,7 @@ class Peak:
 
 @contextmanager
 def peak_memory(
-    is_mine: Callable[[int, str], bool], *, each: bool = False, every_seconds: float = 0.2
+    is_mine: Callable[[int, str], bool], *, each: bool = False, every_seconds: float = 0.5
 ) -> Iterator[Peak]:
     """Sample the memory of the processes that `is_mine(pid, command line)` accepts.
 

@@ -199,6 +199,8 @@ def _with_ray(run: RunDir, config: FifaConfig, repeats: int) -> tuple[list[float
     from fifa_ray.engine.cluster import connect
     from fifa_ray.engine.select import run_select
 
+    # polars runs at this process's priority; Ray would give its workers a lower one.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     connect(config.ray)
     run_select(run, config)  # starts the workers: a cluster's start is not what is measured
     mine: set[int] = set()
