@@ -143,6 +143,27 @@ def inspect(run: str) -> None:
     click.echo(summarize_run(opened), nl=False)
 
 
+@main.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_explained
+def evaluate(config: str, overrides: tuple[str, ...]) -> None:
+    """Draw with base and tuned models and count who wins, by reward models and per category.
+
+    CONFIG is a YAML file, a preset, or a run's folder, e.g. `fifa evaluate runs/x
+    evaluate.prompts=general`. Running the same command again draws and scores only what is new.
+    """
+    from fifa_ray.evaluation import evaluate as run_evaluation
+    from fifa_ray.evaluation import read_results, result_lines
+
+    run = run_evaluation(config, overrides)
+    for line in result_lines(read_results(run)):
+        click.echo(line)
+    click.echo(f"Results: {run.path('evaluation', 'results.json')}")
+    if run.exists("report.html"):
+        click.echo(f"Report: {run.path('report.html')}")
+
+
 @main.command("fit-reward")
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")

@@ -25,7 +25,7 @@ def train(
     """
     run, loaded = open_training(config, overrides)
     connect(loaded.ray)
-    _save_config(run, loaded)
+    save_config(run, loaded)
     if loaded.train.data == "pairs" and run.manifest("pairs") is None:
         run_ingest(run, loaded)
     run_train(run, loaded)
@@ -59,7 +59,7 @@ def with_absolute_paths(config: FifaConfig) -> FifaConfig:
     return config.model_copy(update=updates)
 
 
-def _save_config(run: RunDir, config: FifaConfig) -> None:
+def save_config(run: RunDir, config: FifaConfig) -> None:
     """Keep the settings with the run; what filtered it stays as it was."""
     if run.exists(SAVED_CONFIG):
         _, saved = open_run(run.uri)

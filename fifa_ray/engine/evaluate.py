@@ -1,0 +1,57 @@
+"""The evaluation: prompts chosen, drawn by every model, scored by every scorer, and compared.
+
+    evaluation/  prompts/  images/<model>/  rewards/<model>/<reward>/  results.json
+
+Each of them is a stage: what is complete and unchanged is not done again.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fifa_ray.config import ConfigError, FifaConfig
+from fifa_ray.config.sections import NAME_PATTERN
+from fifa_ray.engine.evaluate_images import run_images
+from fifa_ray.engine.evaluate_models import resolve_models
+from fifa_ray.engine.evaluate_prompts import run_prompts
+from fifa_ray.engine.evaluate_results import write_results
+from fifa_ray.engine.evaluate_rewards import ImageScorer, resolve_scorers, run_rewards_of
+from fifa_ray.models.image_generator import RESOLUTION_STEP
+from fifa_ray.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+
+def run_evaluate(
+    run: RunDir, config: FifaConfig, extra_scorers: Mapping[str, ImageScorer] | None = None
+) -> dict[str, Any]:
+    """Evaluate what `config.evaluate` says, or the rest of it; returns the results.
+
+    `extra_scorers`: further scorers by name, such as a known truth. Raises ConfigError before any
+    image is drawn where a training, reward or prompt is missing; RuntimeError when more images
+    fail than `max_quarantine_fraction` allows.
+    """
+    extra = dict(extra_scorers or {})
+    for name in extra:
+        if not re.fullmatch(NAME_PATTERN, name):
+            raise ConfigError(f"a scorer's name must match {NAME_PATTERN}, got {name!r}")
+    scorers = resolve_scorers(run, config, extra)
+    models = resolve_models(run, config)
+    resolution = config.evaluate.resolution or models[-1].resolution
+    if resolution % RESOLUTION_STEP:
+        raise ConfigError(
+            f"evaluate.resolution must be a multiple of {RESOLUTION_STEP} pixels, got {resolution}"
+        )
+    prompts = run_prompts(run, config, models)
+    logger.info(
+        "evaluation: %s prompts, %s images by each of %s",
+        f"{prompts.details['num_prompts']:,}",
+        f"{prompts.rows_out:,}",
+        ", ".join(model.name for model in models),
+    )
+    for model in models:
+        run_images(run, config, model, resolution)
+        for scorer in scorers:
+            run_rewards_of(run, config, model, scorer)
+    return write_results(run, config, models, scorers)
