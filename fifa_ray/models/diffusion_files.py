@@ -62,8 +62,8 @@ def pipeline_family(folder: Path) -> Family:
             "single-file checkpoints have to be converted first"
         )
     index = _read_index(folder)
-    kind = index["_class_name"]
-    if kind not in PIPELINE_FAMILIES:
+    kind = index.get("_class_name")
+    if not isinstance(kind, str) or kind not in PIPELINE_FAMILIES:
         raise ValueError(
             f"{folder} is a {kind}, which cannot be trained here; expected one of "
             f"{', '.join(PIPELINE_FAMILIES)}"

@@ -1,6 +1,7 @@
 """What all families of text-to-image models share: loading, encoding, reference, saving."""
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fifa_ray.models.diffusion import Family, Parts
 from fifa_ray.models.diffusion_files import copy_pipeline, empty_component, load_pipeline
+from fifa_ray.models.diffusion_lora import add_adapters, save_adapters
 
 if TYPE_CHECKING:
     from fifa_ray.config import LoraConfig
@@ -137,7 +139,7 @@ class PipelineModel:
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """See `DiffusionModel`. Raises RuntimeError when the encoders are not there (any more)."""
         self._encoder("text_encoder")
-        with torch.no_grad():
+        with torch.no_grad(), _only_errors(type(self.pipeline).__module__):
             return self._encode_prompts(list(prompts))
 
     def _encoder(self, name: str) -> Any:
@@ -222,7 +224,10 @@ class PipelineModel:
         """See `DiffusionModel`."""
         folder = Path(folder)
         if self._lora is not None:
-            self._save_adapters(folder, self.trainable_state() if state is None else state)
+            weights = self.trainable_state() if state is None else state
+            if weights.keys() != set(self._trainable):
+                raise ValueError("expected the names of the weights in trainable_state()")
+            save_adapters(self.pipeline, self.denoiser_name, weights, folder)
             return
         copy_pipeline(self._folder, folder, replaced=self.denoiser_name, variant=self._variant)
         with self._holding(state):
@@ -241,20 +246,17 @@ class PipelineModel:
         finally:
             self.load_trainable_state(own)
 
-    def _save_adapters(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        from peft.utils import get_peft_model_state_dict
 
-        if state.keys() != set(self._trainable):
-            raise ValueError("expected the weights that trainable_state() names")
-        weights = {name: values.float().cpu().contiguous() for name, values in state.items()}
-        layers = get_peft_model_state_dict(self.denoiser, state_dict=weights)
-        settings = self.denoiser.peft_config["default"].to_dict()
-        kind = self.denoiser_name
-        type(self.pipeline).save_lora_weights(
-            folder,
-            safe_serialization=True,
-            **{f"{kind}_lora_layers": layers, f"{kind}_lora_adapter_metadata": settings},
-        )
+@contextmanager
+def _only_errors(name: str) -> Iterator[None]:
+    """Pipelines print what they cut off of each long prompt: pages, for a whole dataset."""
+    source = logging.getLogger(name)
+    level = source.level
+    source.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        source.setLevel(level)
 
 
 def _latent_affine(config: Any) -> tuple[Tensor, Tensor]:
@@ -280,37 +282,3 @@ def frozen_copy(denoiser: nn.Module, dtype: torch.dtype) -> nn.Module:
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(dtype)
     return frozen
-
-
-def add_adapters(
-    denoiser: Any, lora: "LoraConfig", default_targets: Sequence[str], seed: int
-) -> list[Any]:
-    """Put float32 low-rank adapters into a frozen denoiser: the adapted layers, in order.
-
-    The second matrix of each starts at zero, so nothing changes before the first step; the first is
-    normal from `seed`. Raises ValueError where no module has one of the names.
-    """
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig as PeftLoraConfig
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    targets = list(lora.target_modules or default_targets)
-    names = [n for n, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    unmatched = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
-    if unmatched:
-        raise ValueError(
-            f"no linear or convolution layer of the denoiser has a name ending in {unmatched}; "
-            f"its layers are called, for example, {names[len(names) // 2 :][:3]}"
-        )
-    settings = PeftLoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        init_lora_weights="gaussian",
-        target_modules=targets,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        denoiser.add_adapter(settings)
-    cast_training_params(denoiser, dtype=torch.float32)
-    return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
