@@ -8,7 +8,7 @@ from fifa_ray.config import FifaConfig
 from fifa_ray.engine.cluster import connect
 from fifa_ray.engine.evaluate import run_evaluate
 from fifa_ray.engine.evaluate_results import read_results
-from fifa_ray.engine.evaluate_rewards import ImageScorer
+from fifa_ray.engine.evaluate_scorers import ImageScorer
 from fifa_ray.report import write_report
 from fifa_ray.run_dir import RunDir
 from fifa_ray.training import open_training, save_config

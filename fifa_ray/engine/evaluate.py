@@ -16,9 +16,10 @@ from fifa_ray.engine.evaluate_images import run_images
 from fifa_ray.engine.evaluate_models import resolve_models
 from fifa_ray.engine.evaluate_prompts import run_prompts
 from fifa_ray.engine.evaluate_results import write_results
-from fifa_ray.engine.evaluate_rewards import ImageScorer, resolve_scorers, run_rewards_of
+from fifa_ray.engine.evaluate_rewards import rewards_stage, run_scorer
+from fifa_ray.engine.evaluate_scorers import ImageScorer, resolve_scorers
 from fifa_ray.models.image_generator import RESOLUTION_STEP
-from fifa_ray.run_dir import RunDir
+from fifa_ray.run_dir import RunDir, manifest_name
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,13 @@ def run_evaluate(
             raise ConfigError(f"a scorer's name must match {NAME_PATTERN}, got {name!r}")
     scorers = resolve_scorers(run, config, extra)
     models = resolve_models(run, config)
+    stages = [manifest_name(rewards_stage(m, s)) for m in models for s in scorers]
+    if len(set(stages)) < len(stages):
+        raise ConfigError(
+            "names of models and rewards run together where they are joined by dots: "
+            f"{[m.name for m in models]} and {[s.name for s in scorers]}; give a model another one "
+            "as LABEL=NAME"
+        )
     resolution = config.evaluate.resolution or models[-1].resolution
     if resolution % RESOLUTION_STEP:
         raise ConfigError(
@@ -52,6 +60,6 @@ def run_evaluate(
     )
     for model in models:
         run_images(run, config, model, resolution)
-        for scorer in scorers:
-            run_rewards_of(run, config, model, scorer)
+    for scorer in scorers:
+        run_scorer(run, config, models, scorer)
     return write_results(run, config, models, scorers)

@@ -15,7 +15,8 @@ from fifa_ray import schema
 from fifa_ray.config import FifaConfig
 from fifa_ray.engine.evaluate_images import images_stage
 from fifa_ray.engine.evaluate_models import EvaluatedModel
-from fifa_ray.engine.evaluate_rewards import Scorer, rewards_stage
+from fifa_ray.engine.evaluate_rewards import rewards_stage
+from fifa_ray.engine.evaluate_scorers import Scorer
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint
 from fifa_ray.scoring.win_rate import Resampling, compare, compare_by_category
 
