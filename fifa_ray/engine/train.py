@@ -32,6 +32,7 @@ from fifa_ray.engine.train_inputs import TrainJob
 from fifa_ray.engine.train_loop import PARTIAL_MODEL, train_worker
 from fifa_ray.engine.train_metrics import check_loggers
 from fifa_ray.engine.train_model import describe_model
+from fifa_ray.engine.train_optimizer import check_optimizer
 from fifa_ray.engine.train_pairs import TRAIN, VALIDATION, write_trained_pairs
 from fifa_ray.engine.train_progress import TrainProgress
 from fifa_ray.engine.train_storage import CHECKPOINTS, mend_snapshot
@@ -96,6 +97,7 @@ def run_train(run: RunDir, config: FifaConfig) -> Manifest:
     _resume_or_clear(run, stage, identity)
     started = time.monotonic()
     use_gpu = _use_gpu(settings)
+    check_optimizer(settings.optimizer, on_gpu=use_gpu)
     scaling = _scaling(settings, use_gpu)
     cache = run_latents(run, config, data, weights) if settings.cache_latents else None
     pairs, bad_images = _usable_pairs(run, data, cache)

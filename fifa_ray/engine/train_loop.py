@@ -5,6 +5,7 @@ taken by all from the same reduced numbers.
 """
 
 import contextlib
+import math
 import shutil
 import tempfile
 import time
@@ -69,6 +70,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     return Training(config["job"]).run()
 
 
+def best_name(step: int) -> str:
+    """File name of the best weights, those of an optimizer step."""
+    return f"step-{step:08d}.safetensors"
+
+
 class Training:
     """One worker's share of a training."""
 
@@ -128,6 +134,11 @@ class Training:
             state = load_checkpoint(Path(folder), self.model, self.optimizer, self.averaged)
         if state.scaler:
             self.scaler.load_state_dict(state.scaler)
+        if state.best_step is not None and not self.job.run.exists(
+            self.job.stage, "best", best_name(state.best_step)
+        ):
+            # This checkpoint is not the newest that was ever written: its best is gone.
+            state.best_step = state.best_accuracy = None
         return state
 
     def _wrap(self) -> torch.nn.Module:
@@ -239,11 +250,13 @@ class Training:
 
     def _log_step(self) -> None:
         totals = self._take_sums()
+        weight = totals.get("pair_weight") or 0.0
+        line: Line = {"kind": "train", "optimizer_step": self.state.step}
+        if weight:
+            line |= {name: totals[name] / weight for name in METRIC_NAMES}
+            self._check_finite(line["loss"])
         if self.log is None:
             return
-        weight = totals.get("pair_weight") or float("nan")
-        line: Line = {"kind": "train", "optimizer_step": self.state.step}
-        line |= {name: totals.get(name, float("nan")) / weight for name in METRIC_NAMES}
         line["gradient_norm"] = totals.get("gradient_norm", float("nan")) / totals["steps"]
         line["learning_rate"] = getattr(self, "learning_rate", 0.0)
         line["pairs_per_second"] = totals["pairs"] / (totals["seconds"] / self.num_workers)
@@ -252,6 +265,15 @@ class Training:
         line["pairs_seen"] = self.state.pairs_seen
         line["seconds"] = self.state.seconds
         self.log.log(line)
+
+    def _check_finite(self, loss: float) -> None:
+        """All workers stop where the loss is lost; float16 skips such steps by itself."""
+        if not math.isfinite(loss) and not self.scaler.is_enabled():
+            raise RuntimeError(
+                f"the loss is {loss} at optimizer step {self.state.step}: the training diverged; "
+                "lower train.optimizer.learning_rate or train.loss.dpo_beta, or lengthen "
+                "train.optimizer.warmup_steps"
+            )
 
     def _averages(self) -> contextlib.AbstractContextManager[None]:
         return self.averaged.swapped_in() if self.averaged else contextlib.nullcontext()
@@ -315,19 +337,17 @@ class Training:
         dist.all_gather_object(gathered, self.bad_pairs)
         return {pair: reason for of_worker in gathered for pair, reason in of_worker.items()}
 
-    def _best_name(self) -> str:
-        return f"step-{self.state.best_step:08d}.safetensors"
-
     def _save_best(self) -> None:
         if self.rank != 0:
             return
         run, stage = self.job.run, self.job.stage
+        assert self.state.best_step is not None
         with tempfile.TemporaryDirectory(prefix="best-") as folder:
             file = Path(folder) / "weights.safetensors"
             save_file(on_cpu(self.model.trainable_state()), file)
             with (
                 file.open("rb") as source,
-                run.open_atomic(stage, "best", self._best_name()) as out,
+                run.open_atomic(stage, "best", best_name(self.state.best_step)) as out,
             ):
                 shutil.copyfileobj(source, out, 16 << 20)
 
@@ -335,7 +355,7 @@ class Training:
         """Only after the checkpoint that knows the new best: an older one may need the old."""
         run, stage = self.job.run, self.job.stage
         for name in run.list(stage, "best", suffix=".safetensors"):
-            if self.state.best_step is None or name != self._best_name():
+            if self.state.best_step is None or name != best_name(self.state.best_step):
                 run.filesystem.delete_file(run.path(stage, "best", name))
 
     def _write_model(self) -> None:
@@ -346,7 +366,7 @@ class Training:
         with self._averages(), tempfile.TemporaryDirectory(prefix="model-") as folder:
             if self.state.best_step is not None:
                 best = Path(folder) / "best.safetensors"
-                source = run.path(stage, "best", self._best_name())
+                source = run.path(stage, "best", best_name(self.state.best_step))
                 with run.filesystem.open_input_stream(source) as stream, best.open("wb") as out:
                     shutil.copyfileobj(stream, out, 16 << 20)
                 self.model.load_trainable_state(load_file(best))

@@ -7,6 +7,7 @@ TensorBoard's files are made anew from the rest.
 """
 
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -59,7 +60,11 @@ class MetricLog:
         self.write()
 
     def log(self, line: Line) -> None:
-        """Take one line, and write the file if the last time is long enough ago."""
+        """Take one line, and write the file if the last time is long enough ago.
+
+        Numbers that are not finite, which JSON does not have, become null.
+        """
+        line = {name: _finite(value) for name, value in line.items()}
         self.lines.append(line)
         for tracker in (self.tensorboard, *self.trackers):
             tracker.log(line)
@@ -80,6 +85,10 @@ class MetricLog:
         self.write()
         for tracker in (self.tensorboard, *self.trackers):
             tracker.close()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class TensorBoard:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,17 +29,9 @@ def build_optimizer(
             parameters, betas=settings.betas, eps=settings.eps, fused=on_gpu, **common
         )
     if settings.kind == "adamw_8bit":
-        try:
-            import bitsandbytes
-        except ImportError:
-            raise RuntimeError(
-                "train.optimizer.kind=adamw_8bit needs the package bitsandbytes, which is not "
-                "installed: pip install bitsandbytes, or use adamw or adafactor"
-            ) from None
-        if not on_gpu:
-            raise RuntimeError(
-                "train.optimizer.kind=adamw_8bit needs a GPU; use adamw or adafactor on CPUs"
-            )
+        check_optimizer(settings, on_gpu=on_gpu)
+        import bitsandbytes
+
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
             parameters, betas=settings.betas, eps=settings.eps, **common
         )
@@ -53,6 +46,21 @@ def build_optimizer(
         warmup_init=False,
         **common,
     )
+
+
+def check_optimizer(settings: OptimizerConfig, *, on_gpu: bool) -> None:
+    """Raise RuntimeError where adamw_8bit has no GPU or no bitsandbytes."""
+    if settings.kind != "adamw_8bit":
+        return
+    if not on_gpu:
+        raise RuntimeError(
+            "train.optimizer.kind=adamw_8bit needs GPUs; use adamw or adafactor on CPUs"
+        )
+    if find_spec("bitsandbytes") is None:
+        raise RuntimeError(
+            "train.optimizer.kind=adamw_8bit needs the package bitsandbytes, which is not "
+            "installed: pip install bitsandbytes, or use adamw or adafactor"
+        )
 
 
 def base_learning_rate(settings: TrainConfig) -> float:

@@ -1,6 +1,7 @@
 """The pieces of a training without Ray: pairs, batches, gradients, optimiser, files."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from fifa_ray.engine.train_optimizer import (
     AveragedWeights,
     build_optimizer,
     build_schedule,
+    check_optimizer,
     learning_rate_factor,
 )
 from fifa_ray.engine.train_pairs import (
@@ -313,10 +315,14 @@ def test_a_checkpoint_puts_everything_back(base, tmp_path, kind):
     assert torch.equal(next(iter(second[0].trainable_state().values())), before)
 
 
-def test_eight_bit_adam_says_what_it_needs(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
-    with pytest.raises(RuntimeError, match="pip install bitsandbytes"):
-        build_optimizer([torch.zeros(2)], OptimizerConfig(kind="adamw_8bit"), 1e-3)
+def test_eight_bit_adam_says_what_it_needs():
+    settings = OptimizerConfig(kind="adamw_8bit")
+    with pytest.raises(RuntimeError, match="needs GPUs; use adamw"):
+        build_optimizer([torch.zeros(2)], settings, 1e-3)
+    if find_spec("bitsandbytes") is None:
+        with pytest.raises(RuntimeError, match="pip install bitsandbytes"):
+            check_optimizer(settings, on_gpu=True)
+    check_optimizer(OptimizerConfig(), on_gpu=False)
 
 
 # Readers
@@ -401,8 +407,9 @@ def test_lines_of_an_attempt_that_died_are_dropped(tmp_path):
     log.close()
     assert [entry["optimizer_step"] for entry in read_metrics(run, "training/x")] == [1, 2, 3, 4, 5]
     resumed = MetricLog(run, "training/x", 3, [])
-    resumed.log(line(4))
+    resumed.log(line(4) | {"gradient_norm": float("inf")})
     resumed.close()
+    assert read_metrics(run, "training/x")[-1]["gradient_norm"] is None
     assert [entry["optimizer_step"] for entry in read_metrics(run, "training/x")] == [1, 2, 3, 4]
     assert len(list((tmp_path / "training" / "x" / "tensorboard").iterdir())) == 1
 
