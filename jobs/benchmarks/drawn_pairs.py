@@ -25,7 +25,7 @@ def jpeg_images(count: int, side: int, target_bytes: int | None = None) -> Itera
 
 
 def _encode(picture: Image.Image, target_bytes: int | None) -> bytes:
-    for quality in (90,) if target_bytes is None else range(95, 5, -10):
+    for quality in (90,) if target_bytes is None else (100, *range(95, 5, -10)):
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=quality)
         if target_bytes is None or buffer.tell() <= target_bytes:

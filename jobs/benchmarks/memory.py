@@ -12,6 +12,11 @@ from jobs.benchmarks.drawn_pairs import save_random_clip, write_pairs
 from jobs.benchmarks.measuring import MEGABYTE, descendants, peak_memory, say_machine
 
 
+# Small pictures of much detail: 20 KB each, and little time to decode.
+SIDE = 124
+SAMPLE_SECONDS = 1.0
+
+
 @click.command()
 @click.option("--pairs", default="20000,60000,200000", help="Sizes to compare, comma-separated.")
 @click.option("--image-bytes", default=20_000, help="Size of an image as JPEG.")
@@ -27,7 +32,7 @@ def memory(pairs: str, image_bytes: int, folder: str | None) -> None:
         )
         for count in (int(text) for text in pairs.split(",")):
             data = base / "data"
-            write_pairs(data, count, side=256, target_bytes=image_bytes, num_files=8)
+            write_pairs(data, count, side=SIDE, target_bytes=image_bytes, num_files=8)
             driver, worker, store, seconds = _measure(base, data, weights, count)
             click.echo(f"{count:10,} {driver:10,.0f} {worker:12,.0f} {store:16,.0f} {seconds:8.0f}")
             for file in data.iterdir():
@@ -55,9 +60,14 @@ def _measure(
     me = os.getpid()
     cluster = descendants(me)
     with (
-        peak_memory(lambda pid, _: pid == me) as driver,
-        peak_memory(lambda pid, command: "MapWorker" in command, each=True) as worker,
-        peak_memory(lambda pid, command: pid in cluster and "raylet" in command) as store,
+        peak_memory(lambda pid, _: pid == me, every_seconds=SAMPLE_SECONDS) as driver,
+        peak_memory(
+            lambda pid, command: "MapWorker" in command, each=True, every_seconds=SAMPLE_SECONDS
+        ) as worker,
+        peak_memory(
+            lambda pid, command: pid in cluster and "raylet" in command,
+            every_seconds=SAMPLE_SECONDS,
+        ) as store,
     ):
         manifest = run_reward(run, config, config.rewards[0])
     peaks = [peak.total / MEGABYTE for peak in (driver, worker, store)]
