@@ -11,7 +11,6 @@ from fifa_ray.run_dir import RunDir
 from jobs.benchmarks.drawn_pairs import save_random_clip, write_pairs
 from jobs.benchmarks.measuring import MEGABYTE, descendants, peak_memory, say_machine
 
-
 # Small pictures of much detail: 20 KB each, and little time to decode.
 SIDE = 124
 SAMPLE_SECONDS = 1.0
