@@ -111,55 +111,44 @@ SELECTED_TERMS = (
     pa.field("rejected_uid", pa.string()),
 )
 
-# training_data/<key>/: what a training learns from. image_id and group number from 0.
+# training_data/<key>/: what a training learns from. Items are the distinct images and prompts.
 TRAINING_PAIRS = pa.schema(
     [
         pa.field(PAIR_ID, pa.int64(), nullable=False),
         pa.field(PROMPT_ID, pa.int64(), nullable=False),
-        pa.field("chosen_image", pa.int64(), nullable=False),  # image_id
-        pa.field("rejected_image", pa.int64(), nullable=False),
+        pa.field("chosen_item", pa.int64(), nullable=False),  # item_id
+        pa.field("rejected_item", pa.int64(), nullable=False),
+        pa.field("prompt_item", pa.int64(), nullable=False),
         pa.field("reward_margin", pa.float32()),
         pa.field("rank", pa.int64(), nullable=False),
         pa.field("group", pa.int64(), nullable=False),  # what the source reads at once
     ]
 )
 
-TRAINING_IMAGES = pa.schema(
+TRAINING_ITEMS = pa.schema(
     [
-        pa.field("image_id", pa.int64(), nullable=False),
-        pa.field("source_file", pa.string(), nullable=False),
-        pa.field("source_group", pa.int32(), nullable=False),
-        pa.field("source_row", pa.int64(), nullable=False),
-        pa.field("ref", pa.string(), nullable=False),
-        pa.field(PAIR_ID, pa.int64(), nullable=False),  # of the first pair that has it
+        pa.field("item_id", pa.int64(), nullable=False),  # from 0: images, then prompts
+        pa.field("source_file", pa.string()),  # the four of images alone
+        pa.field("source_group", pa.int32()),
+        pa.field("source_row", pa.int64()),
+        pa.field("ref", pa.string()),
+        pa.field("prompt", pa.string()),  # of prompts alone; one is empty, for dropped ones
+        pa.field(PAIR_ID, pa.int64()),  # of the first pair that has the image
         pa.field(PROMPT_ID, pa.int64(), nullable=False),
     ]
 )
 
-TRAINING_PROMPTS = pa.schema(
+# latents/<key>/: an image's posterior in the denoiser's scale, as raw little-endian bytes of the
+# type and shape that the manifest states, or a prompt's conditioning as the bytes of a safetensors
+# file. One row a row group.
+LATENTS = pa.schema(
     [
-        pa.field(PROMPT_ID, pa.int64(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-    ]
-)
-
-# latents/<key>/images/: posteriors of encoded images, in the denoiser's scale, as raw bytes in
-# little-endian order of the type and shape that the manifest states. One row a row group.
-LATENT_IMAGES = pa.schema(
-    [
-        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("item_id", pa.int64(), nullable=False),
         pa.field("mean", pa.binary()),
         pa.field("std", pa.binary()),
         pa.field("flipped_mean", pa.binary()),  # of the mirrored image; null without flips
         pa.field("flipped_std", pa.binary()),
-    ]
-)
-
-# latents/<key>/prompts/: the model's conditioning as the bytes of a safetensors file.
-LATENT_PROMPTS = pa.schema(
-    [
-        pa.field(PROMPT_ID, pa.int64(), nullable=False),
-        pa.field("conditioning", pa.binary(), nullable=False),
+        pa.field("conditioning", pa.binary()),
     ]
 )
 
@@ -170,8 +159,9 @@ TRAINED_PAIRS = pa.schema(
         pa.field(PAIR_ID, pa.int64(), nullable=False),
         pa.field(PROMPT_ID, pa.int64(), nullable=False),
         pa.field("split", pa.string(), nullable=False),  # train or validation
-        pa.field("chosen_image", pa.int64(), nullable=False),  # image_id of the training data
-        pa.field("rejected_image", pa.int64(), nullable=False),
+        pa.field("chosen_item", pa.int64(), nullable=False),  # item_id of the training data
+        pa.field("rejected_item", pa.int64(), nullable=False),
+        pa.field("prompt_item", pa.int64(), nullable=False),
         pa.field("reward_margin", pa.float32(), nullable=False),  # in standard deviations
         pa.field("group", pa.int64(), nullable=False),
     ]

@@ -1,7 +1,7 @@
 """training_data/ -> latents/<key>/: every distinct image and prompt of a training encoded once.
 
-    images  ─ read, decode, crop ─ VAE encoder  ─►  images/   posterior mean and std, mirrored too
-    prompts ─ text encoders                     ─►  prompts/  the denoiser's conditioning
+    images  ─ read, decode, crop ─ VAE encoder  ─►  posterior mean and std, mirrored too
+    prompts ─ text encoders                     ─►  the denoiser's conditioning
 
 The posterior is kept rather than a draw from it, so that every step takes a fresh sample for
 nothing. A mirrored image is encoded for itself: the encoder does not commute with mirroring. A row
@@ -40,33 +40,19 @@ from fifa_ray.sources.images import BadImage, decode_image
 if TYPE_CHECKING:
     import torch
 
-# Images of one read, rounded up to whole groups of the source, and of one encoder batch, which
-# halves where it does not fit.
-IMAGES_PER_ITEM = 256
-IMAGES_PER_BATCH = 16
-PROMPTS_PER_ITEM = 64
+# Items of one read, rounded up to whole groups of the source, and of one pass of the encoders,
+# which halves where it does not fit.
+ITEMS_PER_READ = 256
+ITEMS_PER_BATCH = 16
 
 _IMAGE_COLUMNS = ("mean", "std", "flipped_mean", "flipped_std")
-_PARTIAL_IMAGES = pa.schema([*schema.LATENT_IMAGES, pa.field("error", pa.string())])
+_PARTIAL = pa.schema([*schema.LATENTS, pa.field("error", pa.string())])
 _MODEL_FILE = "model.json"
-
-
-@dataclass(frozen=True)
-class LatentCache:
-    """A complete `latents/<key>`."""
-
-    images: Manifest
-    prompts: Manifest
-
-    @property
-    def folder(self) -> str:
-        """Folder of images/ and prompts/ in the run."""
-        return self.images.stage.rpartition("/")[0]
 
 
 def run_latents(
     run: RunDir, config: FifaConfig, data: TrainingData, weights: dict[str, Any]
-) -> LatentCache:
+) -> Manifest:
     """Encode what `data` names, or the rest of it; at once if all is there already.
 
     `weights` identifies the model's files. Raises RuntimeError when more images are quarantined
@@ -82,12 +68,44 @@ def run_latents(
         settings.random_flip,
         data.fingerprint,
         config.images.model_dump(),
+        schema.LATENTS.names,
     )
-    folder = f"latents/{data.stage.partition('/')[2].rpartition('-')[0]}-{identity[:12]}"
+    name = f"latents/{data.stage.partition('/')[2].rpartition('-')[0]}-{identity[:12]}"
+    stage = MapStage(
+        name=name,
+        fingerprint=identity,
+        input_table=f"{data.stage}/items",
+        key="item_id",
+        input_columns=tuple(schema.TRAINING_ITEMS.names),
+        partial_schema=_PARTIAL,
+        assemble=AssembleLatents(name),
+        rows_per_item=ITEMS_PER_READ,
+        boundary="source_group",
+        row_group_size=1,
+    )
+    pool: dict[str, Any] = {}
+    info = partial_folder(run, stage)
     device = "cuda" if gpus_per_actor(settings.cache_actors) else "cpu"
-    images = _run_images(run, config, data, folder, identity, device)
-    prompts = _run_prompts(run, config, data, folder, identity, device)
-    return LatentCache(images, prompts)
+
+    def transform(rows: "ray.data.Dataset") -> "ray.data.Dataset":
+        pool.update(actor_pool(settings.cache_actors))
+        return rows.map_batches(
+            EncodeItems,
+            fn_constructor_args=(data.source, config.images, settings, device, info),
+            batch_size=None,
+            batch_format="pyarrow",
+            **pool,
+        )
+
+    return run_map_stage(
+        run,
+        stage,
+        transform,
+        config=model_settings(settings),
+        max_quarantine_fraction=config.max_quarantine_fraction,
+        details=lambda: json.loads(info.read_text(_MODEL_FILE)),
+        pool=pool,
+    )
 
 
 def encoder_digests(weights: dict[str, Any]) -> dict[str, str]:
@@ -97,98 +115,8 @@ def encoder_digests(weights: dict[str, Any]) -> dict[str, str]:
     return {name: digest for name, digest in digests.items() if not name.startswith(others)}
 
 
-def _run_images(
-    run: RunDir, config: FifaConfig, data: TrainingData, folder: str, identity: str, device: str
-) -> Manifest:
-    name = f"{folder}/images"
-    stage = MapStage(
-        name=name,
-        fingerprint=fingerprint(name, identity),
-        input_table=f"{data.stage}/images",
-        key="image_id",
-        input_columns=tuple(schema.TRAINING_IMAGES.names),
-        partial_schema=_PARTIAL_IMAGES,
-        assemble=AssembleImages(name),
-        rows_per_item=IMAGES_PER_ITEM,
-        boundary="source_group",
-        row_group_size=1,
-    )
-    pool: dict[str, Any] = {}
-    info = partial_folder(run, stage)
-
-    def transform(rows: "ray.data.Dataset") -> "ray.data.Dataset":
-        pool.update(actor_pool(config.train.cache_actors))
-        return rows.map_batches(
-            EncodeImages,
-            fn_constructor_args=(data.source, config.images, config.train, device, info),
-            batch_size=None,
-            batch_format="pyarrow",
-            **pool,
-        )
-
-    return run_map_stage(
-        run,
-        stage,
-        transform,
-        config=model_settings(config.train),
-        max_quarantine_fraction=config.max_quarantine_fraction,
-        details=lambda: json.loads(info.read_text(_MODEL_FILE)),
-        pool=pool,
-    )
-
-
-def _run_prompts(
-    run: RunDir, config: FifaConfig, data: TrainingData, folder: str, identity: str, device: str
-) -> Manifest:
-    name = f"{folder}/prompts"
-    stage = MapStage(
-        name=name,
-        fingerprint=fingerprint(name, identity),
-        input_table=f"{data.stage}/prompts",
-        key=schema.PROMPT_ID,
-        input_columns=tuple(schema.TRAINING_PROMPTS.names),
-        partial_schema=schema.LATENT_PROMPTS,
-        assemble=AssemblePrompts(name),
-        rows_per_item=PROMPTS_PER_ITEM,
-        row_group_size=1,
-    )
-    pool: dict[str, Any] = {}
-
-    def transform(rows: "ray.data.Dataset") -> "ray.data.Dataset":
-        pool.update(actor_pool(config.train.cache_actors))
-        return rows.map_batches(
-            EncodePrompts,
-            fn_constructor_args=(config.train, device),
-            batch_size=None,
-            batch_format="pyarrow",
-            **pool,
-        )
-
-    return run_map_stage(
-        run,
-        stage,
-        transform,
-        config=model_settings(config.train),
-        max_quarantine_fraction=0.0,
-        pool=pool,
-    )
-
-
-class _Encoder:
-    """A model in an actor."""
-
-    def __init__(self, settings: TrainConfig, device: str) -> None:
-        import torch
-
-        if device == "cpu":
-            torch.set_num_threads(max(1, int(settings.cache_actors.num_cpus)))
-        self.settings, self.device = settings, device
-        self.dtype = torch.float16 if settings.cache_dtype == "float16" else torch.float32
-        self.model = load_model(settings, device, parts="encoders")
-
-
-class EncodeImages(_Encoder):
-    """Rows of images/ -> their posteriors, or the reason why an image cannot be used."""
+class EncodeItems:
+    """A model's encoders in an actor: rows of items/ to their latents, or why they have none."""
 
     def __init__(
         self,
@@ -198,12 +126,17 @@ class EncodeImages(_Encoder):
         device: str,
         info: RunDir,
     ) -> None:
+        import torch
+
         from fifa_ray.models.batching import LargestBatch
 
-        super().__init__(settings, device)
-        self.source, self.images = source, images
+        if device == "cpu":
+            torch.set_num_threads(max(1, int(settings.cache_actors.num_cpus)))
+        self.source, self.images, self.settings = source, images, settings
+        self.dtype = torch.float16 if settings.cache_dtype == "float16" else torch.float32
+        self.model = load_model(settings, device, parts="encoders")
         self.transform = TrainingImage(settings.resolution)
-        self.batches = LargestBatch(IMAGES_PER_BATCH, "images")
+        self.batches = LargestBatch(ITEMS_PER_BATCH, "images")
         described = {
             "family": self.model.family,
             "latent_shape": list(self.model.latent_shape),
@@ -213,35 +146,51 @@ class EncodeImages(_Encoder):
         info.write_text(json.dumps(described), _MODEL_FILE)
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
-        """Blocks of partial rows, one for each batch that the source reads."""
-        for place, of_place in _by_place(rows):
-            ids = of_place.column("image_id").to_numpy()
+        """Blocks of partial rows, one for each batch that is read."""
+        is_prompt = pc.is_valid(rows.column("prompt"))
+        for place, of_place in _by_place(rows.filter(pc.invert(is_prompt))):
+            ids = of_place.column("item_id").to_numpy()
             requests = of_place.select(["source_row", "ref"])
             for batch in self.source.read_images(*place, requests):
                 yield self._encode_batch(ids, batch.to_pylist())
+        prompts = rows.filter(is_prompt)
+        for start in range(0, len(prompts), ITEMS_PER_BATCH):
+            yield self._encode_prompts(prompts.slice(start, ITEMS_PER_BATCH))
+
+    def _encode_prompts(self, rows: pa.Table) -> pa.Table:
+        import torch
+
+        with torch.inference_mode():
+            found = self.model.encode_prompts(rows.column("prompt").to_pylist())
+        packed = [
+            pack_conditioning({name: values[i] for name, values in found.items()}, self.dtype)
+            for i in range(len(rows))
+        ]
+        ids = rows.column("item_id").to_pylist()
+        return _partial_rows(ids, conditioning=packed)
 
     def _encode_batch(self, ids: np.ndarray, answers: list[dict[str, Any]]) -> pa.Table:
         good: list[np.ndarray] = []
         good_ids: list[int] = []
         bad: list[tuple[int, str]] = []
         for answer in answers:
-            image_id = int(ids[answer["request"]])
+            item_id = int(ids[answer["request"]])
             try:
                 good.append(self._pixels(answer["image"], answer["error"]))
-                good_ids.append(image_id)
+                good_ids.append(item_id)
             except BadImage as error:
-                bad.append((image_id, error.reason))
+                bad.append((item_id, error.reason))
         encoded = self._encode(good) if good else np.empty((0, 4, 0), np.float16)
         finite = [bool(np.isfinite(values).all()) for values in encoded]
-        columns: dict[str, Any] = {"image_id": [*good_ids, *(image_id for image_id, _ in bad)]}
+        columns: dict[str, Any] = {}
         for index, name in enumerate(_IMAGE_COLUMNS):
             values = [
                 row[index].tobytes() if ok and index < len(row) else None
                 for row, ok in zip(encoded, finite, strict=True)
             ]
             columns[name] = [*values, *[None] * len(bad)]
-        columns["error"] = [None if ok else "nan_latents" for ok in finite] + [r for _, r in bad]
-        return pa.table(columns, schema=_PARTIAL_IMAGES)
+        reasons = [None if ok else "nan_latents" for ok in finite] + [r for _, r in bad]
+        return _partial_rows([*good_ids, *(i for i, _ in bad)], **columns, error=reasons)
 
     def _pixels(self, data: bytes | None, error: str | None) -> np.ndarray:
         if data is None or error:
@@ -264,21 +213,10 @@ class EncodeImages(_Encoder):
         return np.asarray(torch.cat(parts, 1).numpy())
 
 
-class EncodePrompts(_Encoder):
-    """Rows of prompts/ -> their conditioning, each as the bytes of a safetensors file."""
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """One block of prompts to one of results."""
-        import torch
-
-        with torch.inference_mode():
-            found = self.model.encode_prompts(rows.column("prompt").to_pylist())
-        packed = [
-            pack_conditioning({name: values[i] for name, values in found.items()}, self.dtype)
-            for i in range(len(rows))
-        ]
-        columns = [rows.column(schema.PROMPT_ID), pa.array(packed, pa.binary())]
-        return pa.table(columns, schema=schema.LATENT_PROMPTS)
+def _partial_rows(item_ids: list[int], **columns: list[Any]) -> pa.Table:
+    blank = [None] * len(item_ids)
+    given = {"item_id": item_ids, **columns}
+    return pa.table({name: given.get(name, blank) for name in _PARTIAL.names}, schema=_PARTIAL)
 
 
 def pack_conditioning(tensors: "dict[str, torch.Tensor]", dtype: "torch.dtype") -> bytes:
@@ -310,7 +248,7 @@ def unpack_conditioning(data: bytes) -> "dict[str, torch.Tensor]":
 
 @dataclass(frozen=True)
 class LatentLayout:
-    """How the bytes of `latents/<key>/images/` become tensors."""
+    """How the bytes of an image's posterior become numbers."""
 
     latent_shape: tuple[int, ...]
     dtype: str
@@ -332,39 +270,28 @@ class LatentLayout:
 
 
 @dataclass(frozen=True)
-class AssembleImages:
-    """Partial rows -> rows of images/; a bad image goes to quarantine with its reason."""
+class AssembleLatents:
+    """Partial rows -> rows of latents/<key>/; a bad image goes to quarantine with its reason."""
 
     stage: str
 
-    def __call__(self, images: pa.Table, answers: pa.Table) -> tuple[pa.Table, pa.Table]:
-        rows = first_by_key(answers, "image_id")
+    def __call__(self, items: pa.Table, answers: pa.Table) -> tuple[pa.Table, pa.Table]:
+        rows = first_by_key(answers, "item_id")
         bad = pc.is_valid(rows.column("error"))
-        ids = rows.filter(bad).column("image_id").to_numpy()
-        first = int(images.column("image_id")[0].as_py()) if len(images) else 0
-        of_image = images.take(ids - first)
+        ids = rows.filter(bad).column("item_id").to_numpy()
+        first = int(items.column("item_id")[0].as_py()) if len(items) else 0
+        of_item = items.take(ids - first)
         quarantined = quarantine_rows(
             self.stage,
             rows.filter(bad).column("error").to_pylist(),
-            detail=of_image.column("ref"),
-            pair_id=of_image.column(schema.PAIR_ID),
-            prompt_id=of_image.column(schema.PROMPT_ID),
-            source_file=of_image.column("source_file"),
-            source_row=of_image.column("source_row"),
+            detail=of_item.column("ref"),
+            pair_id=of_item.column(schema.PAIR_ID),
+            prompt_id=of_item.column(schema.PROMPT_ID),
+            source_file=of_item.column("source_file"),
+            source_row=of_item.column("source_row"),
         )
-        good = rows.filter(pc.invert(bad)).select(schema.LATENT_IMAGES.names)
-        return good.cast(schema.LATENT_IMAGES), quarantined
-
-
-@dataclass(frozen=True)
-class AssemblePrompts:
-    """Partial rows -> rows of prompts/."""
-
-    stage: str
-
-    def __call__(self, prompts: pa.Table, answers: pa.Table) -> tuple[pa.Table, pa.Table]:
-        rows = first_by_key(answers, schema.PROMPT_ID)
-        return rows.cast(schema.LATENT_PROMPTS), quarantine_rows(self.stage, [])
+        good = rows.filter(pc.invert(bad)).select(schema.LATENTS.names)
+        return good.cast(schema.LATENTS), quarantined
 
 
 def _by_place(rows: pa.Table) -> Iterator[tuple[tuple[str, int], pa.Table]]:

@@ -26,7 +26,7 @@ import ray.train.torch as train_torch
 
 from fifa_ray import schema
 from fifa_ray.config import ConfigError, FifaConfig, TrainConfig
-from fifa_ray.engine.latents import LatentCache, LatentLayout, run_latents
+from fifa_ray.engine.latents import LatentLayout, run_latents
 from fifa_ray.engine.map_stage import quarantine_rows
 from fifa_ray.engine.train_inputs import TrainJob
 from fifa_ray.engine.train_loop import PARTIAL_MODEL, train_worker
@@ -112,8 +112,9 @@ def run_train(run: RunDir, config: FifaConfig) -> Manifest:
         images=config.images,
         seed=seed,
         data_stage=data.stage,
+        empty_prompt_item=data.manifest.details["empty_prompt_item"],
         source=data.source,
-        latents=(cache.folder, LatentLayout.of(cache.images)) if cache is not None else None,
+        latents=(cache.stage, LatentLayout.of(cache)) if cache is not None else None,
         sampler=(config.evaluate.num_inference_steps, config.evaluate.guidance_scale),
     )
     summary = _fit(job, scaling, use_gpu)
@@ -132,7 +133,7 @@ def run_train(run: RunDir, config: FifaConfig) -> Manifest:
             "pairs": counts[TRAIN],
             "validation_pairs": counts[VALIDATION],
             "data_stage": data.stage,
-            "latents": cache.folder if cache is not None else None,
+            "latents": cache.stage if cache is not None else None,
             "model": weights,
             "seed": seed,
         }
@@ -160,15 +161,15 @@ def _resume_or_clear(run: RunDir, stage: str, identity: str) -> None:
 
 
 def _usable_pairs(
-    run: RunDir, data: TrainingData, cache: LatentCache | None
+    run: RunDir, data: TrainingData, cache: Manifest | None
 ) -> tuple[pa.Table, dict[int, str]]:
     """schema.TRAINING_PAIRS of pairs whose images could be encoded, and bad pairs' reasons."""
     pairs = run.read_table(f"{data.stage}/pairs").combine_chunks()
-    if cache is None or not cache.images.rows_quarantined:
+    if cache is None or not cache.rows_quarantined:
         return pairs, {}
-    encoded = run.read_table(f"{cache.folder}/images", columns=["image_id"]).column(0).to_numpy()
-    good = np.isin(pairs.column("chosen_image").to_numpy(), encoded)
-    good &= np.isin(pairs.column("rejected_image").to_numpy(), encoded)
+    encoded = run.read_table(cache.stage, columns=["item_id"]).column(0).to_numpy()
+    good = np.isin(pairs.column("chosen_item").to_numpy(), encoded)
+    good &= np.isin(pairs.column("rejected_item").to_numpy(), encoded)
     bad = pairs.filter(pa.array(~good)).column(schema.PAIR_ID).to_pylist()
     return pairs.filter(pa.array(good)), dict.fromkeys(bad, "bad_image")
 

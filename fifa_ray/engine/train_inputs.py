@@ -31,6 +31,7 @@ class TrainJob:
     images: ImagesConfig
     seed: int
     data_stage: str
+    empty_prompt_item: int
     source: Source
     # latents/<key> and the form of its rows; None: images are encoded on the fly.
     latents: tuple[str, LatentLayout] | None
@@ -64,14 +65,15 @@ def open_reader(job: TrainJob, pairs: PairTable, model: DiffusionModel) -> PairR
             folder,
             layout,
             pairs,
+            job.empty_prompt_item,
             flips=settings.random_flip,
             max_bytes=settings.loader_memory,
         )
     return StreamedReader(
         job.source,
-        job.run.read_table(f"{job.data_stage}/images"),
-        job.run.read_table(f"{job.data_stage}/prompts"),
+        job.run.read_table(f"{job.data_stage}/items"),
         pairs,
+        job.empty_prompt_item,
         model,
         TrainingImage(settings.resolution, settings.random_crop),
         job.images,

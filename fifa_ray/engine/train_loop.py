@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from fifa_ray.dpo.loss import Metrics
+from fifa_ray.engine.prefetch import Prefetcher
 from fifa_ray.engine.train_batch import PairBatch
 from fifa_ray.engine.train_checkpoint import (
     TrainState,
@@ -44,7 +45,6 @@ from fifa_ray.engine.train_optimizer import (
 )
 from fifa_ray.engine.train_output import draw_samples, upload_folder
 from fifa_ray.engine.train_pairs import TRAIN, VALIDATION, read_trained_pairs
-from fifa_ray.engine.train_readers import Prefetcher
 from fifa_ray.engine.train_step import GradientStep, PairLoss, add_metrics
 from fifa_ray.engine.train_validation import Validation
 

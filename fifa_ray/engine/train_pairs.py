@@ -20,7 +20,8 @@ class PairTable:
 
     pair_id: np.ndarray
     prompt_id: np.ndarray
-    image_id: np.ndarray  # int64 (N, 2): chosen, rejected
+    image_items: np.ndarray  # int64 (N, 2): item_id of the chosen and the rejected image
+    prompt_item: np.ndarray
     reward_margin: np.ndarray  # float32, in standard deviations; 0 where there is none
     group: np.ndarray  # int64: pairs of one group are read together
 
@@ -49,8 +50,9 @@ def write_trained_pairs(
             pairs.column(schema.PAIR_ID),
             pairs.column(schema.PROMPT_ID),
             pa.array(np.where(held_out, VALIDATION, TRAIN)),
-            pairs.column("chosen_image"),
-            pairs.column("rejected_image"),
+            pairs.column("chosen_item"),
+            pairs.column("rejected_item"),
+            pairs.column("prompt_item"),
             pa.array(in_deviations(margin)),
             pairs.column("group"),
         ],
@@ -65,11 +67,12 @@ def read_trained_pairs(run: RunDir, stage: str, split: str) -> PairTable:
     table = run.read_table(*stage.split("/"), "pairs").combine_chunks()
     table = table.filter(pc.equal(table.column("split"), split))
     column = {name: table.column(name).to_numpy() for name in table.column_names if name != "split"}
-    images = np.stack([column["chosen_image"], column["rejected_image"]], axis=1)
+    images = np.stack([column["chosen_item"], column["rejected_item"]], axis=1)
     return PairTable(
         column[schema.PAIR_ID],
         column[schema.PROMPT_ID],
         images,
+        column["prompt_item"],
         column["reward_margin"],
         column["group"],
     )

@@ -1,17 +1,16 @@
-"""What a training learns from, in three small tables: pairs, their distinct images, their prompts.
+"""What a training learns from, in two small tables: pairs, and their distinct images and prompts.
 
-    selected/ | baselines/<strategy>/ | pairs/  ─►  training_data/<key>/{pairs,images,prompts}/
+    selected/ | baselines/<strategy>/ | pairs/  ─►  training_data/<key>/pairs/, items/
 
-Pairs name their images by image_id, so that an image that many pairs share is read and encoded
-once. No image byte moves here: `images/` says where each one lies, in the order in which the source
-is best read. The images of `selected/` are read from that table itself, which may outlive the
+Pairs name images and prompts by item_id, so that what many pairs share is read and encoded once. No
+image byte moves here: `items/` says where each one lies, in the order in which the source is best
+read. The images of `selected/` are read from that table itself, which may outlive the
 dataset; those of baselines and of the whole dataset come from the dataset.
 """
 
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,15 +20,11 @@ import pyarrow.parquet as pq
 
 from fifa_ray import schema
 from fifa_ray.config import ConfigError, FifaConfig, IngestConfig
-from fifa_ray.run_dir import Manifest, RunDir, fingerprint, part_name
+from fifa_ray.engine.training_items import write_tables
+from fifa_ray.run_dir import Manifest, RunDir, fingerprint
 from fifa_ray.sources import Source, open_source
 
 logger = logging.getLogger(__name__)
-
-# A part of images/ ends at the first end of a source group after the smaller number, or at the
-# larger one: it is written by one task and should fit into its memory encoded, flips included.
-IMAGES_PER_PART = (256, 1024)
-PROMPTS_PER_PART = 256
 
 _COLUMNS = (
     schema.PAIR_ID,
@@ -74,7 +69,7 @@ def prepare_training_data(run: RunDir, config: FifaConfig) -> TrainingData:
         [manifest.fingerprint for manifest in upstream],
         data,
         max_pairs,
-        [schema.TRAINING_PAIRS.names, schema.TRAINING_IMAGES.names],
+        [schema.TRAINING_PAIRS.names, schema.TRAINING_ITEMS.names],
     )
     stage = f"training_data/{data.replace('/', '-')}-{print_of_data[:8]}"
     own_images = data == "selected" and _image_columns(run) is not None
@@ -243,104 +238,3 @@ def _prompt_texts(run: RunDir, rows: pa.Table) -> pa.Table:
     if not pc.is_in(empty.column(schema.PROMPT_ID), ids)[0].as_py():
         prompts = pa.concat_tables([prompts, empty.cast(prompts.schema)])
     return prompts.combine_chunks().sort_by(schema.PROMPT_ID)
-
-
-def write_tables(run: RunDir, stage: str, rows: pa.Table, prompts: pa.Table) -> dict[str, Any]:
-    """Write pairs/, images/ and prompts/ below `stage` from rows in the order of the source.
-
-    `rows` has the columns of a pair's places (`source_*`, refs and uids), rank and reward_margin.
-    """
-    folder = stage.split("/")
-    image_of, images = distinct_images(rows)
-    group = _dense(rows.column("source_file"), rows.column("source_group"))
-    pairs = pa.table(
-        [
-            rows.column(schema.PAIR_ID),
-            rows.column(schema.PROMPT_ID),
-            pa.array(image_of[:, 0]),
-            pa.array(image_of[:, 1]),
-            rows.column("reward_margin").cast(pa.float32()),
-            rows.column("rank"),
-            pa.array(group),
-        ],
-        schema=schema.TRAINING_PAIRS,
-    )
-    run.write_table(pairs, *folder, "pairs", part_name(0))
-    for index, (start, stop) in enumerate(_image_parts(images)):
-        run.write_table(images.slice(start, stop - start), *folder, "images", part_name(index))
-    for index, start in enumerate(range(0, len(prompts), PROMPTS_PER_PART)):
-        part = prompts.slice(start, PROMPTS_PER_PART).cast(schema.TRAINING_PROMPTS)
-        run.write_table(part, *folder, "prompts", part_name(index))
-    return {
-        "pairs": len(pairs),
-        "images": len(images),
-        "prompts": len(prompts) - 1,
-        "groups": int(group.max()) + 1,
-    }
-
-
-def distinct_images(rows: pa.Table) -> tuple[np.ndarray, pa.Table]:
-    """int64 (N, 2) image_id of each row's chosen and rejected image, and the table of images.
-
-    Two images are the same where the dataset gives them the same uid, or is silent on uids and
-    they are the same row and reference. An image's place is that of its first pair.
-    """
-    count = len(rows)
-    row = rows.column("source_row").cast(pa.string())
-    names = []
-    for side in ("chosen", "rejected"):
-        place = pc.binary_join_element_wise(
-            "place", rows.column("source_file"), row, rows.column(f"{side}_ref"), "\n"
-        )
-        uid = rows.column(f"{side}_uid")
-        named = pc.binary_join_element_wise("uid", uid.cast(pa.string()), "\n")
-        names.append(pc.coalesce(named, place).combine_chunks())
-    # chosen 0, rejected 0, chosen 1, ...: ids follow the order of the source.
-    turns = pa.array(np.arange(2 * count).reshape(2, count).T.ravel())
-    encoded = pc.dictionary_encode(pa.concat_arrays(_arrays(names)).take(turns))
-    image_of = encoded.indices.to_numpy().astype(np.int64)
-    _, first = np.unique(image_of, return_index=True)
-    of_row, is_rejected = pa.array(first // 2), pa.array(first % 2 == 1)
-    taken = rows.take(of_row)
-    refs = pc.if_else(is_rejected, taken.column("rejected_ref"), taken.column("chosen_ref"))
-    images = pa.table(
-        [
-            pa.array(np.arange(len(first))),
-            taken.column("source_file"),
-            taken.column("source_group").cast(pa.int32()),
-            taken.column("source_row"),
-            refs,
-            taken.column(schema.PAIR_ID),
-            taken.column(schema.PROMPT_ID),
-        ],
-        schema=schema.TRAINING_IMAGES,
-    )
-    return image_of.reshape(count, 2), images
-
-
-def _arrays(columns: list[Any]) -> list[pa.Array]:
-    return [
-        chunk
-        for column in columns
-        for chunk in (column.chunks if isinstance(column, pa.ChunkedArray) else [column])
-    ]
-
-
-def _dense(file: pa.ChunkedArray, group: pa.ChunkedArray) -> np.ndarray:
-    """int64 number of each row's (file, group), in order of appearance."""
-    names = pc.binary_join_element_wise(file, group.cast(pa.string()), "\n").combine_chunks()
-    array = pa.concat_arrays(_arrays([names]))
-    return np.asarray(pc.dictionary_encode(array).indices.to_numpy(), np.int64)
-
-
-def _image_parts(images: pa.Table) -> list[tuple[int, int]]:
-    smallest, largest = IMAGES_PER_PART
-    group = _dense(images.column("source_file"), images.column("source_group"))
-    ends = np.append(np.flatnonzero(np.diff(group)) + 1, len(group))
-    parts, start = [], 0
-    while start < len(group):
-        end = ends[np.searchsorted(ends, min(start + smallest, len(group)))]
-        stop = int(min(end, start + largest))
-        parts.append((start, stop))
-        start = stop
-    return parts

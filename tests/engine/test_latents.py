@@ -3,14 +3,14 @@
 import contextlib
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
-from engine.training_run import prepare_run, train_config
+from engine.training_run import PROMPTS, prepare_run, train_config
 from models.tiny_pipelines import save_tiny_sd
 
-from fifa_ray import schema
 from fifa_ray.engine.latents import (
-    EncodeImages,
+    EncodeItems,
     LatentLayout,
     pack_conditioning,
     run_latents,
@@ -37,49 +37,51 @@ def cached(ray_session, tmp_path_factory):
 
 
 def pixels_of(data, run) -> dict[int, np.ndarray]:
-    """Decoded, cropped images by image_id, read straight from the source."""
-    images = run.read_table(data.stage, "images")
+    """Decoded, cropped images by item_id, read straight from the source."""
+    items = run.read_table(data.stage, "items")
+    images = items.filter(pc.is_null(items.column("prompt")))
     transform, found = TrainingImage(16), {}
     for row in images.to_pylist():
-        requests = images.filter(
-            np.asarray(images.column("image_id").to_numpy() == row["image_id"])
-        ).select(["source_row", "ref"])
+        requests = items.slice(row["item_id"], 1).select(["source_row", "ref"])
         for batch in data.source.read_images(row["source_file"], row["source_group"], requests):
             with contextlib.suppress(ValueError):
                 image = decode_image(batch.to_pylist()[0]["image"], 10**6)
-                found[row["image_id"]] = transform(image)
+                found[row["item_id"]] = transform(image)
     return found
 
 
 def test_each_distinct_image_is_there_once_and_the_bad_one_is_quarantined(cached):
     run, _, data, cache = cached
-    # 22 sides; three pairs share their chosen image with the pair before.
-    assert cache.images.rows_in == 19
-    assert cache.images.rows_out == 18
-    assert cache.images.quarantined == {"corrupt_image": 1}
-    table = run.read_table(cache.folder, "images")
-    ids = table.column("image_id").to_pylist()
-    assert len(set(ids)) == len(ids) == 18
-    bad = run.read_table("quarantine", cache.folder, "images").to_pylist()
+    # 22 sides; three pairs share their chosen image with the pair before. Five prompts, and none.
+    assert cache.rows_in == 19 + 6
+    assert cache.rows_out == 18 + 6
+    assert cache.quarantined == {"corrupt_image": 1}
+    table = run.read_table(cache.stage)
+    ids = table.column("item_id").to_pylist()
+    assert len(set(ids)) == len(ids) == 24
+    assert table.column("mean").null_count == 6
+    bad = run.read_table("quarantine", cache.stage).to_pylist()
     assert [(row["reason"], row["source_row"]) for row in bad] == [("corrupt_image", 4)]
     pairs = run.read_table(data.stage, "pairs").to_pandas()
-    assert pairs.loc[4, "rejected_image"] not in ids
-    assert pairs.loc[1, "chosen_image"] == pairs.loc[2, "chosen_image"]
-    prompts = run.read_table(cache.folder, "prompts").column("prompt_id").to_pylist()
-    assert len(prompts) == 6
-    assert schema.prompt_id("") in prompts
+    assert pairs.loc[4, "rejected_item"] not in ids
+    assert pairs.loc[1, "chosen_item"] == pairs.loc[2, "chosen_item"]
+    items = run.read_table(data.stage, "items").to_pandas()
+    texts = items.set_index("item_id")["prompt"]
+    assert texts[data.manifest.details["empty_prompt_item"]] == ""
+    assert texts[pairs["prompt_item"]].tolist() == [PROMPTS[i % 5] for i in range(11)]
 
 
 def test_latents_are_the_models_own_and_mirrored_ones_those_of_the_mirror_image(cached):
     run, config, data, cache = cached
     model = load_model(config.train, "cpu", parts="encoders")
-    layout = LatentLayout.of(cache.images)
+    layout = LatentLayout.of(cache)
     assert layout.latent_shape == tuple(model.latent_shape) == (4, 8, 8)
     pixels = pixels_of(data, run)
-    rows = run.read_table(cache.folder, "images").to_pylist()
-    assert {row["image_id"] for row in rows} == set(pixels)
-    for row in rows[:4]:
-        image = pixels[row["image_id"]]
+    rows = run.read_table(cache.stage).to_pylist()
+    images = [row for row in rows if row["mean"] is not None]
+    assert {row["item_id"] for row in images} == set(pixels)
+    for row in images[:4]:
+        image = pixels[row["item_id"]]
         for prefix, view in (("", image), ("flipped_", flipped(image))):
             mean, std = model.encode_images(pixel_tensor([view], "cpu"))
             for name, expected in (("mean", mean), ("std", std)):
@@ -87,9 +89,9 @@ def test_latents_are_the_models_own_and_mirrored_ones_those_of_the_mirror_image(
                 np.testing.assert_allclose(found, expected[0].numpy(), rtol=2e-3, atol=2e-3)
         mirrored = layout.array(row["mean"])[:, :, ::-1]
         assert np.abs(mirrored - layout.array(row["flipped_mean"])).max() > 0.01
-    texts = dict(zip(*run.read_table(data.stage, "prompts").to_pydict().values(), strict=True))
-    for row in run.read_table(cache.folder, "prompts").to_pylist():
-        expected = model.encode_prompts([texts[row["prompt_id"]]])
+    texts = run.read_table(data.stage, "items").column("prompt").to_pylist()
+    for row in rows[len(images) :]:
+        expected = model.encode_prompts([texts[row["item_id"]]])
         found = unpack_conditioning(row["conditioning"])
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
@@ -101,9 +103,7 @@ def test_the_same_inputs_find_their_latents_whatever_the_denoiser(cached):
     run, config, data, cache = cached
     weights = describe_model(config.train)
     other = {**weights, "sha256": {**weights["sha256"], "unet/x.safetensors": "another"}}
-    again = run_latents(run, config, data, other)
-    assert again.images == cache.images
-    assert again.prompts == cache.prompts
+    assert run_latents(run, config, data, other) == cache
 
 
 def test_rows_are_read_in_any_order_with_little_memory(cached):
@@ -112,14 +112,16 @@ def test_rows_are_read_in_any_order_with_little_memory(cached):
     pairs = PairTable(
         table["pair_id"].to_numpy(),
         table["prompt_id"].to_numpy(),
-        table[["chosen_image", "rejected_image"]].to_numpy(),
+        table[["chosen_item", "rejected_item"]].to_numpy(),
+        table["prompt_item"].to_numpy(),
         np.zeros(len(table), np.float32),
         table["group"].to_numpy(),
     )
-    layout = LatentLayout.of(cache.images)
+    layout = LatentLayout.of(cache)
 
     def reader(max_bytes: int) -> CachedReader:
-        return CachedReader(run, cache.folder, layout, pairs, flips=True, max_bytes=max_bytes)
+        empty = data.manifest.details["empty_prompt_item"]
+        return CachedReader(run, cache.stage, layout, pairs, empty, flips=True, max_bytes=max_bytes)
 
     order = np.random.default_rng(0).permutation(len(pairs))
     roomy, tight = reader(10**9), reader(3000)
@@ -132,7 +134,7 @@ def test_rows_are_read_in_any_order_with_little_memory(cached):
         torch.testing.assert_close(alone.mean, everything.mean[both], rtol=0, atol=0)
         torch.testing.assert_close(alone.std, everything.std[both], rtol=0, atol=0)
     with pytest.raises(KeyError, match="no row 9999"):
-        roomy.images.read(9999)
+        roomy.rows.read(9999)
 
 
 def test_a_value_that_half_precision_cannot_hold_is_an_error_with_the_remedy():
@@ -146,10 +148,10 @@ def test_a_value_that_half_precision_cannot_hold_is_an_error_with_the_remedy():
 
 def test_a_latent_that_is_not_finite_is_put_aside(cached, tmp_path):
     run, config, data, _ = cached
-    encoder = EncodeImages(data.source, config.images, config.train, "cpu", run)
+    encoder = EncodeItems(data.source, config.images, config.train, "cpu", run)
     with torch.no_grad():
         next(encoder.model.pipeline.vae.quant_conv.parameters()).fill_(float("nan"))
-    images = run.read_table(data.stage, "images", "part-000000.parquet").slice(0, 2)
+    images = run.read_table(data.stage, "items", "part-000000.parquet").slice(0, 2)
     blocks = [block.to_pydict() for block in encoder(images)]
     assert [reason for block in blocks for reason in block["error"]] == ["nan_latents"] * 2
     assert [value for block in blocks for value in block["mean"]] == [None, None]

@@ -304,4 +304,6 @@ def test_messages_before_anything_starts(ray_session, folder, model, tmp_path):
     with pytest.raises(FileNotFoundError):
         run_train(run, train_config(folder, tmp_path / "absent"))
     with pytest.raises(ConfigError, match="no pair is left to train on"):
-        run_train(run, train_config(folder, model, name="none", validation_pairs=7))
+        run_train(
+            run, train_config(folder, model, name="none", validation_pairs=7, cache_dtype="float32")
+        )

@@ -15,6 +15,7 @@ from PIL import Image
 from fifa_ray import schema
 from fifa_ray.config import ConfigError, ImagesConfig, LossConfig, OptimizerConfig
 from fifa_ray.dpo.noising import pair_augmentation
+from fifa_ray.engine.prefetch import Prefetcher
 from fifa_ray.engine.train_batch import PairBatch, PairInputs, make_batch
 from fifa_ray.engine.train_checkpoint import TrainState, load_checkpoint, save_checkpoint
 from fifa_ray.engine.train_metrics import MetricLog, read_metrics
@@ -32,10 +33,10 @@ from fifa_ray.engine.train_pairs import (
     read_trained_pairs,
     write_trained_pairs,
 )
-from fifa_ray.engine.train_readers import Prefetcher, StreamedReader
+from fifa_ray.engine.train_readers import StreamedReader
 from fifa_ray.engine.train_step import GradientStep, OutOfDeviceMemory, PairLoss
 from fifa_ray.engine.train_storage import SNAPSHOT, mend_snapshot
-from fifa_ray.engine.training_data import distinct_images
+from fifa_ray.engine.training_items import distinct_images
 from fifa_ray.models.diffusion import build_diffusion_model
 from fifa_ray.models.training_image import TrainingImage, flipped
 from fifa_ray.run_dir import RunDir
@@ -83,8 +84,9 @@ def test_pairs_of_a_training_are_written_with_their_split(tmp_path):
         {
             "pair_id": np.arange(count) * 10,
             "prompt_id": np.array([1, 1, 2, 2, 3, 3]),
-            "chosen_image": np.arange(count) * 2,
-            "rejected_image": np.arange(count) * 2 + 1,
+            "chosen_item": np.arange(count) * 2,
+            "rejected_item": np.arange(count) * 2 + 1,
+            "prompt_item": np.array([20, 20, 21, 21, 22, 22]),
             "reward_margin": np.arange(count).astype(np.float32),
             "rank": np.arange(count),
             "group": np.zeros(count, np.int64),
@@ -96,7 +98,8 @@ def test_pairs_of_a_training_are_written_with_their_split(tmp_path):
     learned, held = (read_trained_pairs(run, "training/x", s) for s in ("train", "validation"))
     assert sorted([*learned.pair_id, *held.pair_id]) == [0, 10, 20, 30, 40, 50]
     assert not set(learned.prompt_id) & set(held.prompt_id)
-    assert np.array_equal(learned.image_id[:, 1], learned.image_id[:, 0] + 1)
+    assert np.array_equal(learned.image_items[:, 1], learned.image_items[:, 0] + 1)
+    assert np.array_equal(learned.prompt_item, learned.prompt_id + 19)
     with pytest.raises(ConfigError, match=r"lower train.validation_pairs"):
         write_trained_pairs(run, "training/x", table, validation_pairs=6, seed=0)
 
@@ -333,31 +336,38 @@ def test_the_streamed_reader_answers_any_order_and_names_bad_images(base, tmp_pa
     config = train_config(tmp_path, base)
     rows = pq.read_table(data / "pairs.parquet")
     model = build_diffusion_model(str(base), resolution=16)
-    images = pa.table(
-        {
-            "image_id": np.arange(18),
-            "source_file": ["pairs.parquet"] * 18,
-            "source_group": pa.array(np.arange(9).repeat(2) // 4, pa.int32()),
-            "source_row": np.arange(9).repeat(2),
-            "ref": ["chosen", "rejected"] * 9,
-        }
+    texts = sorted({*rows.column("prompt").to_pylist(), ""})
+    items = pa.Table.from_pylist(
+        [
+            {
+                "item_id": 2 * row + side,
+                "source_file": "pairs.parquet",
+                "source_group": row // 4,
+                "source_row": row,
+                "ref": ("chosen", "rejected")[side],
+                "prompt_id": 0,
+            }
+            for row in range(9)
+            for side in (0, 1)
+        ]
+        + [{"item_id": 18 + i, "prompt": text, "prompt_id": i} for i, text in enumerate(texts)],
+        schema=schema.TRAINING_ITEMS,
     )
-    texts = sorted({*rows.column("prompt").to_pylist(), ""}, key=schema.prompt_id)
-    ids = [schema.prompt_id(text) for text in texts]
-    prompts = pa.table({"prompt_id": ids, "prompt": texts})
+    item_of = {text: 18 + i for i, text in enumerate(texts)}
     pairs = PairTable(
         pair_id=np.arange(9),
-        prompt_id=np.array([schema.prompt_id(p) for p in rows.column("prompt").to_pylist()]),
-        image_id=np.arange(18).reshape(9, 2),
+        prompt_id=np.zeros(9, np.int64),
+        image_items=np.arange(18).reshape(9, 2),
+        prompt_item=np.array([item_of[p] for p in rows.column("prompt").to_pylist()]),
         reward_margin=np.arange(9, dtype=np.float32),
         group=np.arange(9) // 4,
     )
     for max_bytes in (10**9, 1000):  # the second one keeps a single image
         reader = StreamedReader(
             open_source(config.ingest, ImagesConfig()),
-            images,
-            prompts,
+            items,
             pairs,
+            item_of[""],
             model,
             TrainingImage(16),
             ImagesConfig(),
