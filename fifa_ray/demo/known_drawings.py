@@ -96,12 +96,15 @@ def draw_known(
         (prompts[at : at + CHUNK_PROMPTS], pictures_per_prompt, seed, at, folder)
         for at in range(0, len(prompts), CHUNK_PROMPTS)
     ]
-    if num_processes == 1:
-        paths = [_draw_chunk(*job) for job in jobs]
+    paths = [_chunk_path(*job) for job in jobs]
+    jobs = [job for job, path in zip(jobs, paths, strict=True) if not path.exists()]
+    if num_processes == 1 or not jobs:
+        for job in jobs:
+            _draw_chunk(*job)
     else:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
-            paths = list(pool.map(_draw_chunk, *zip(*jobs, strict=True)))
+            list(pool.map(_draw_chunk, *zip(*jobs, strict=True)))
     chunks = [np.load(path) for path in paths]
     return KnownDrawings(
         prompts,
@@ -112,12 +115,15 @@ def draw_known(
     )
 
 
-def _draw_chunk(
+def _chunk_path(
     prompts: list[Prompt], pictures_per_prompt: int, seed: int, first: int, folder: Path
 ) -> Path:
-    path = folder / f"drawings-{seed}-{first:06d}-{len(prompts)}x{pictures_per_prompt}.npz"
-    if path.exists():
-        return path
+    return folder / f"drawings-{seed}-{first:06d}-{len(prompts)}x{pictures_per_prompt}.npz"
+
+
+def _draw_chunk(
+    prompts: list[Prompt], pictures_per_prompt: int, seed: int, first: int, folder: Path
+) -> None:
     rng = np.random.default_rng([seed, 4, first])
     pixels, codes, severities = [], [], []
     for prompt in prompts:
@@ -127,10 +133,10 @@ def _draw_chunk(
             pixels.append(np.asarray(Image.open(io.BytesIO(jpeg))))
             codes.append(encode_scene(plan.scene))
             severities.append([plan.severity.get(name, 0.0) for name in DEFECT_NAMES])
+    path = _chunk_path(prompts, pictures_per_prompt, seed, first, folder)
     unfinished = path.with_suffix(".unfinished.npz")
     np.savez(
         unfinished, pixels=np.stack(pixels), codes=np.stack(codes),
         severity=np.array(severities, np.float32),
     )  # fmt: skip
     unfinished.rename(path)
-    return path

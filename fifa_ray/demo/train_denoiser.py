@@ -11,9 +11,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from fifa_ray.demo.pipeline_parts import NOISE_SCHEDULE
 from fifa_ray.demo.resumable import rows_of_step, run_steps, step_generator
 
-# Two pictures of each prompt, so that a text is encoded once for both.
-PROMPTS_PER_STEP, PICTURES_PER_PROMPT = 32, 2
-PEAK_RATE, EMA_DECAY = 1.5e-3, 0.999
+# A text is encoded once for all pictures of its prompt in a step.
+PROMPTS_PER_STEP, PICTURES_PER_PROMPT = 32, 1
+PEAK_RATE, EMA_DECAY = 1.2e-3, 0.998
 PROMPT_DROPOUT = 0.1
 # Weight of a timestep is min(SNR, this) / SNR (arXiv 2303.09556): steps with little noise, whose
 # errors are small details, would drown those that decide what is in the picture.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 
 from fifa_ray.demo.area_autoencoder import build_vae
 from fifa_ray.demo.known_drawings import DEFECT_NAMES, IMAGE_SIZE, draw_known, prompts_of
@@ -26,8 +27,8 @@ from fifa_ray.demo.train_vae import encode, train_vae
 logger = logging.getLogger(__name__)
 
 TRAINING_SEEDS, PROMPTS_PER_SEED, PICTURES_PER_PROMPT = (5, 7, 9), 6_000, 4
-VAE_STEPS, DENOISER_STEPS = 900, 4_000
-PICTURES_ENCODED = 2  # of each prompt: encoding all of them takes longer than it is worth
+VAE_STEPS, DENOISER_STEPS = 700, 6_000
+PICTURES_ENCODED = 1  # of each prompt: encoding all of them takes longer than it is worth
 MAX_BLUR = 0.3
 TEXT_TOWER = Path(__file__).parent / "weights" / "reward"
 
@@ -57,7 +58,9 @@ def train_pipeline(
         vae, drawings.pixels[sharp], checkpoint=work / "vae.pt", num_steps=vae_steps, seed=seed
     )
     encoded = np.arange(len(drawings.pixels)).reshape(len(prompts), -1)[:, :PICTURES_ENCODED]
-    mean, deviation = encode(vae, drawings.pixels[encoded.ravel()])
+    mean, deviation = _encode_once(
+        vae, drawings.pixels[encoded.ravel()], work / f"latents-{vae_steps}.npz"
+    )
     torch.manual_seed(seed)
     tokenizer, text_encoder = text_tower(TEXT_TOWER)
     unet = build_unet(text_encoder.config.hidden_size)
@@ -80,6 +83,19 @@ def train_pipeline(
         f" on up to {len(drawings.pixels):,} pictures of {len(prompts):,} prompts of the"
         f" catalogues of seeds {TRAINING_SEEDS}"
     )
+
+
+def _encode_once(
+    vae: AutoencoderKL, pixels: np.ndarray, path: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """`encode`, or what an earlier call left in `path`."""
+    if not path.exists():
+        mean, deviation = encode(vae, pixels)
+        unfinished = path.with_suffix(".unfinished.npz")
+        np.savez(unfinished, mean=mean, deviation=deviation)
+        unfinished.rename(path)
+    cached = np.load(path)
+    return cached["mean"], cached["deviation"]
 
 
 def main() -> None:

@@ -34,8 +34,8 @@ from fifa_ray.demo.truth_reader_card import measure_reader, reader_card
 logger = logging.getLogger(__name__)
 
 TRAINING_SEEDS, PROMPTS_PER_SEED, PICTURES_PER_PROMPT = (5, 7, 9), 6_000, 4
-NUM_STEPS, BATCH_SIZE, PEAK_RATE, EMA_DECAY = 4_000, 64, 3e-3, 0.995
-RECONSTRUCTED = 12_000
+NUM_STEPS, BATCH_SIZE, PEAK_RATE, EMA_DECAY = 2_600, 64, 3e-3, 0.995
+RECONSTRUCTED = 8_000
 MAX_SHIFT_PX = 3
 QUALITY_WEIGHT, SEVERITY_WEIGHT = 10.0, 4.0
 PIPELINE = Path(__file__).parent / "weights" / "pipeline"
