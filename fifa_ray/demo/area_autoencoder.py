@@ -67,6 +67,11 @@ def _start_as_averages(vae: AutoencoderKL) -> None:
         convolution.bias.zero_()
 
 
+def _bias(convolution: nn.Conv2d) -> torch.Tensor:
+    assert convolution.bias is not None
+    return convolution.bias
+
+
 def _carry(convolution: nn.Conv2d, kernel: torch.Tensor) -> None:
     """Make the first outputs the first inputs, filtered by `kernel`.
 
@@ -76,7 +81,7 @@ def _carry(convolution: nn.Conv2d, kernel: torch.Tensor) -> None:
     size = kernel.shape[0]
     at = (convolution.kernel_size[0] - size) // 2
     convolution.weight[:COLOURS].zero_()
-    convolution.bias[:COLOURS].zero_()
+    _bias(convolution)[:COLOURS].zero_()
     for channel in range(COLOURS):
         convolution.weight[channel, channel, at : at + size, at : at + size] = kernel
 
@@ -88,7 +93,7 @@ def _pair(shortcut: nn.Conv2d, normalization: nn.GroupNorm) -> None:
         first = colour * size
         shortcut.weight[first : first + 4].zero_()
         shortcut.weight[first, colour], shortcut.weight[first + 1, colour] = 1.0, -1.0
-        shortcut.bias[first : first + 4] = torch.tensor([0.0, 0.0, CONSTANT, -CONSTANT])
+        _bias(shortcut)[first : first + 4] = torch.tensor([0.0, 0.0, CONSTANT, -CONSTANT])
     normalization.weight.fill_(CONSTANT * math.sqrt(2 / size))
 
 
@@ -96,7 +101,7 @@ def _unpair(convolution: nn.Conv2d) -> None:
     """Make the first outputs s again."""
     size = convolution.in_channels // NUM_GROUPS
     convolution.weight[:COLOURS].zero_()
-    convolution.bias[:COLOURS].zero_()
+    _bias(convolution)[:COLOURS].zero_()
     for colour in range(COLOURS):
         convolution.weight[colour, colour * size, 1, 1] = 1.0
         convolution.weight[colour, colour * size + 1, 1, 1] = -1.0

@@ -7,6 +7,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -54,7 +55,8 @@ def text_tower(clip: Path) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """Tokenizer and text encoder of a trained CLIP, for prompts of `MAX_PROMPT_TOKENS`."""
     tokenizer = CLIPTokenizer.from_pretrained(clip, model_max_length=MAX_PROMPT_TOKENS)
     source = CLIPModel.from_pretrained(clip, dtype=torch.float32)
-    settings = source.config.text_config.to_dict()
+    text_config: Any = source.config.text_config
+    settings = text_config.to_dict()
     settings |= {"max_position_embeddings": MAX_PROMPT_TOKENS, "dtype": "float32"}
     encoder = CLIPTextModel(CLIPTextConfig(**settings))
     state = source.text_model.state_dict()

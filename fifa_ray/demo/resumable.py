@@ -55,7 +55,7 @@ class Averaged:
     def update(self, parameters: list[torch.nn.Parameter], step: int) -> None:
         """Take in the parameters after a step (from 0)."""
         decay = min(self.decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(self.values, parameters, 1 - decay)
+        torch._foreach_lerp_(self.values, tuple(parameters), 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, parameters: list[torch.nn.Parameter]) -> None:

@@ -122,7 +122,7 @@ def reader_card(
 ) -> str:
     """The README.md of the weights folder."""
     drawn, soft = measures
-    lines = [
+    lines: list[tuple[str, ...]] = [
         (f"{name} read right", f"{value:.1%}", f"{soft['accuracy'][name]:.1%}")
         for name, value in drawn["accuracy"].items()
     ]
