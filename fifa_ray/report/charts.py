@@ -25,6 +25,7 @@ SET_COLORS = {
     "diversity_only": "var(--series-4)",
     "fifa": "var(--series-5)",
 }
+# Lines and marks of several models, in this order.
 SERIES = ("var(--series-1)", "var(--series-2)", "var(--series-3)", "var(--series-4)")
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 _CONFIG = {
@@ -85,15 +86,15 @@ def histograms(
     }
     rows: list[Row] = [
         {
-            "low": _round(edges[i]),
-            "high": _round(edges[i + 1]),
+            "low": rounded(edges[i]),
+            "high": rounded(edges[i + 1]),
             "bin": f"{edges[i]:.3g} to {edges[i + 1]:.3g}",
         }
-        | {name: _round(share[i]) for name, share in shares.items()}
+        | {name: rounded(share[i]) for name, share in shares.items()}
         for i in range(num_bins)
     ]
     # A step line needs a point at the right edge of the last bin.
-    closing = {"low": _round(edges[-1])} | {name: rows[-1][name] for name in names}
+    closing = {"low": rounded(edges[-1])} | {name: rows[-1][name] for name in names}
 
     data = alt.Data(values=rows)
     x = alt.X("low:Q", title=title, scale=alt.Scale(domain=[edges[0], edges[-1]], nice=False))
@@ -135,7 +136,7 @@ def histograms(
         .add_params(pointed)
     )
     outside = int(np.sum((first < low) | (first > high)))
-    return _finish(alt.layer(bars, lines, hover), height=190), outside
+    return finish(alt.layer(bars, lines, hover), height=190), outside
 
 
 def scatter(
@@ -146,7 +147,7 @@ def scatter(
         x=alt.X("x:Q", title=x_title, scale=alt.Scale(zero=False, padding=8)),
         y=alt.Y("y:Q", title=y_title, scale=alt.Scale(zero=False, padding=8)),
     )
-    return _finish(chart, height=380)
+    return finish(chart, height=380)
 
 
 def point_map(rows: Sequence[Row], *, tooltips: Mapping[str, str]) -> Spec:
@@ -155,7 +156,7 @@ def point_map(rows: Sequence[Row], *, tooltips: Mapping[str, str]) -> Spec:
     chart = _points(rows, tooltips, size=22).encode(
         x=alt.X("x:Q", axis=None, scale=scale), y=alt.Y("y:Q", axis=None, scale=scale)
     )
-    return _finish(chart, height=560)
+    return finish(chart, height=560)
 
 
 def agreement_by_margin(rows: Sequence[Row], names: Sequence[str]) -> Spec:
@@ -192,7 +193,7 @@ def agreement_by_margin(rows: Sequence[Row], names: Sequence[str]) -> Spec:
             alt.Tooltip("pairs:Q", format=","),
         ],
     )
-    return _finish(alt.layer(chance, spread, line, points), height=300)
+    return finish(alt.layer(chance, spread, line, points), height=300)
 
 
 def _points(rows: Sequence[Row], tooltips: Mapping[str, str], size: int) -> alt.Chart:
@@ -210,7 +211,8 @@ def _points(rows: Sequence[Row], tooltips: Mapping[str, str], size: int) -> alt.
     )
 
 
-def _finish(chart: Any, *, height: int) -> Spec:
+def finish(chart: Any, *, height: int) -> Spec:
+    """The specification of a chart as wide as its place, in the look of the page."""
     spec: Spec = chart.properties(width="container", height=height).to_dict()
     spec.pop("$schema")
     spec["config"] = _CONFIG
@@ -218,6 +220,6 @@ def _finish(chart: Any, *, height: int) -> Spec:
     return spec
 
 
-def _round(value: float) -> float:
+def rounded(value: float) -> float:
     """Six significant digits: what a chart can show, at less weight."""
     return float(f"{value:.6g}")

@@ -18,9 +18,20 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from fifa_ray.config import ReportConfig
-from fifa_ray.report import agreement, charts, funnel, gallery, overview, prompts, stages, terms
+from fifa_ray.report import (
+    agreement,
+    charts,
+    evaluation,
+    funnel,
+    gallery,
+    overview,
+    prompts,
+    stages,
+    terms,
+    training,
+)
 from fifa_ray.report.formatting import FILTERS
-from fifa_ray.report.section import Absent, Section
+from fifa_ray.report.section import Absent, NotPlanned, Section
 from fifa_ray.report.tables import RunTables
 from fifa_ray.run_dir import RunDir
 
@@ -33,6 +44,8 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[RunTables], Section]], ...] = (
     ("funnel", "From all pairs to the kept ones", "Funnel", funnel.build),
     ("galleries", "The pairs themselves", "Pairs", gallery.galleries),
     ("comparison", "Against other ways to choose", "Baselines", overview.comparison),
+    ("training", "How the training went", "Training", training.build),
+    ("evaluation", "Whether the tuned model is better", "Evaluation", evaluation.build),
     ("distributions", "The terms of the score", "Terms", terms.distributions),
     (
         "scatter",
@@ -64,10 +77,9 @@ def write_report(run: RunDir, settings: ReportConfig | None = None) -> str:
 
 def render_page(tables: RunTables) -> str:
     """The whole page as text."""
-    headline, *sections = [
-        _build(tables, *entry)
-        for entry in (("headline", "fifa-ray", "Overview", overview.headline), *SECTIONS)
-    ]
+    headline = _build(tables, "headline", "fifa-ray", "Overview", overview.headline)
+    built = [_build(tables, *entry) for entry in SECTIONS]
+    sections = [section for section in built if not section.get("not_planned")]
     scripts = [charts.javascript(), _asset("page.js")]
     styles = _asset("page.css")
     return (
@@ -91,7 +103,8 @@ def _build(
     try:
         section = build(tables)
     except Absent as absent:
-        return entry | {"absent": str(absent)}
+        not_planned = isinstance(absent, NotPlanned)
+        return entry | {"absent": str(absent), "not_planned": not_planned}
     template = _environment().get_template(section.template)
     body = Markup(template.render(section.values))
     specs = {name: json_for_html(spec) for name, spec in sorted(section.charts.items())}

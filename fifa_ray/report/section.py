@@ -1,7 +1,8 @@
 """What a section of the report is, and how it says that it has nothing to show.
 
 A section is a function `build(tables) -> Section`. It raises `Absent` with the reason where the
-run lacks what it shows; the page then prints that reason in its place.
+run lacks what it shows; the page then prints that reason in its place, or leaves the section out if
+it is `NotPlanned`.
 """
 
 from dataclasses import dataclass, field
@@ -10,6 +11,10 @@ from typing import Any
 
 class Absent(Exception):
     """A section has nothing to show; the message says what is missing and who writes it."""
+
+
+class NotPlanned(Absent):
+    """The run never set out to make what a section shows: the page has no such section."""
 
 
 @dataclass(frozen=True, kw_only=True)

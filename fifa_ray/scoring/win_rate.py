@@ -147,15 +147,21 @@ def win_rate_interval(
 ) -> tuple[float, float]:
     """Interval (low, high) of the win rate, from `win_outcome`'s (N,): the bootstrap by prompts.
 
-    Where one model wins every image a bootstrap has no spread and would claim certainty; then it is
-    the exact binomial interval of Clopper and Pearson (1934) with prompts as trials.
+    Where all prompts have the same mean, as when one model wins every image, a bootstrap has no
+    spread and would claim certainty. Then it is the exact binomial interval of Clopper and Pearson
+    (1934) with prompts as trials, extended to shares between them by its Beta quantiles; only when
+    every image is tied is there nothing uncertain.
     """
     outcome_N = np.asarray(outcome, np.float64)
-    num_prompts = len(np.unique(np.asarray(prompt)))
-    if (outcome_N == outcome_N[0]).all() and outcome_N[0] in (0.0, 1.0) and num_prompts > 1:
-        trial = stats.binomtest(int(outcome_N[0]) * num_prompts, num_prompts)
-        interval = trial.proportion_ci(resampling.confidence, method="exact")
-        return float(interval.low), float(interval.high)
+    totals_C, size_C = _totals_by_prompt(outcome_N, prompt)
+    num_prompts = len(size_C)
+    if num_prompts > 1 and np.ptp(totals_C / size_C) < 1e-12 and (outcome_N != 0.5).any():
+        tail = (1 - resampling.confidence) / 2
+        won = float(outcome_N.mean()) * num_prompts
+        lost = num_prompts - won
+        low = stats.beta.ppf(tail, won, lost + 1) if won > 0 else 0.0
+        high = stats.beta.ppf(1 - tail, won + 1, lost) if lost > 0 else 1.0
+        return float(low), float(high)
     low, high = bootstrap_interval(outcome_N, prompt, resampling)
     return float(low), float(high)
 

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pyarrow as pa
+from synthetic_models import write_models
 from synthetic_selection import HOSTILE_PROMPTS, manifest, quarantine, score, write_selection
 
 from fifa_ray import schema
@@ -37,7 +38,11 @@ def write_run(
     run = RunDir(uri)
     config = load_config(
         {"run_dir": "runs/synthetic", "ingest": {"source": "hf://datasets/example/pairs"}},
-        [f"select.selection_size={selection_size}", f"report.gallery_size={gallery_size}"],
+        [
+            f"select.selection_size={selection_size}",
+            f"report.gallery_size={gallery_size}",
+            "evaluate.images_per_prompt=2",
+        ],
     )
     run.write_text(dump_config(config), "config.yaml")
     prompts, ids = _prompts(rng, num_prompts)
@@ -58,6 +63,7 @@ def write_run(
     _write_prompt_tables(run, ids, vectors, quality, harmful, unrated, log_distance)
     scored = score(run, rng, pairs, ids, quality, harmful, unrated, log_distance)
     write_selection(run, rng, scored, prompts, ids, quality, log_distance, selection_size, harmful)
+    write_models(run, rng, config)
     run.write_text(
         '{"correct labels among the kept pairs": {"value": 0.947, "low": 0.931, "high": 0.96, '
         '"note": "0.842 among all pairs, 0.839 among random ones", "unit": "share"}, '

@@ -87,7 +87,7 @@ def test_hostile_prompts_are_text_and_nothing_else(run, page):
 
 def test_charts_hold_prompts_as_json_that_cannot_end_its_element(page):
     specs = page.find("script", type="application/json")
-    assert len(specs) == 7
+    assert len(specs) == 12
     for element in specs:
         assert "<" not in element.text
         json.loads(element.text)
@@ -162,7 +162,8 @@ def test_a_missing_table_is_said_in_its_place(run_copy, table, section, said):
 def test_the_page_of_an_empty_run_says_what_is_missing_everywhere(tmp_path):
     page = parse(render_page(RunTables(RunDir(str(tmp_path)))))
     absent = [e for e in page.find("p", **{"class": "absent"}) if e.text.startswith("Not in this")]
-    assert len(absent) == len(SECTIONS)
+    # Nothing was trained or evaluated, and nothing says that it should have been.
+    assert len(absent) == len(SECTIONS) - 2
     assert all(len(e.text) > 40 for e in absent)
 
 
@@ -183,7 +184,7 @@ def test_settings_given_win_over_those_of_the_run(run_copy):
     with open(path, encoding="utf-8") as stream:
         page = parse(stream.read())
     # Two pairs in four groups, and one image of them is unreadable.
-    assert len(page.find("img")) == 2 * 2 * 4 - 1
+    assert len([e for e in page.find("img") if e.inside("pair")]) == 2 * 2 * 4 - 1
     assert "image cannot be shown" in page.text
     assert "report.map_points is 0" in page.text
 

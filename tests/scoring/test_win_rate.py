@@ -124,6 +124,12 @@ def test_a_clean_sweep_is_not_certainty():
     low, high = win_rate_interval(outcome, prompt)
     assert (low, high) == pytest.approx((0.025 ** (1 / 10), 1.0))
     assert win_rate_interval(1 - outcome, prompt) == pytest.approx((0.0, 1 - low))
+    exact = stats.binomtest(10, 10).proportion_ci(0.95, method="exact")
+    assert (low, high) == pytest.approx((exact.low, exact.high))
+    # One image won and one lost of each prompt has no spread either.
+    half = win_rate_interval(np.tile([0.0, 1.0], 4), np.arange(8) // 2)
+    exact = stats.binomtest(2, 4).proportion_ci(0.95, method="exact")
+    assert half == pytest.approx((exact.low, exact.high))
     # Every image tied is no sweep: the same model twice.
     assert win_rate_interval(outcome / 2, prompt) == (0.5, 0.5)
 
