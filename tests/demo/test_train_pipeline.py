@@ -75,7 +75,11 @@ def test_the_text_encoder_starts_as_the_reward_models_tower() -> None:
     assert encoder(tokens).last_hidden_state.shape == (1, 24, 128)
 
 
-def test_training_makes_a_pipeline_and_goes_on_exactly_where_it_stopped(tmp_path: Path) -> None:
+def test_training_makes_a_pipeline_and_goes_on_exactly_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fifa_ray.demo.train_pipeline.TRAINING_SEEDS", (5,))
+    monkeypatch.setattr("fifa_ray.demo.train_pipeline.PICTURES_PER_PROMPT", 2)
     settings = {"prompts_per_seed": 50, "vae_steps": 3, "denoiser_steps": 3, "num_processes": 1}
     train_pipeline(tmp_path / "whole", tmp_path / "work_whole", **settings)
     shutil.copytree(tmp_path / "work_whole" / "drawings", tmp_path / "work" / "drawings")
