@@ -118,6 +118,7 @@ def run_train(run: RunDir, config: FifaConfig) -> Manifest:
         sampler=(config.evaluate.num_inference_steps, config.evaluate.guidance_scale),
     )
     summary = _fit(job, scaling, use_gpu)
+    _warn_of_bad_images(config, stage, len(summary["bad_pairs"]), counts[TRAIN])
     bad = bad_images | {int(pair): reason for pair, reason in summary.pop("bad_pairs").items()}
     manifest = Manifest(
         stage=stage,
@@ -172,6 +173,18 @@ def _usable_pairs(
     good &= np.isin(pairs.column("rejected_item").to_numpy(), encoded)
     bad = pairs.filter(pa.array(~good)).column(schema.PAIR_ID).to_pylist()
     return pairs.filter(pa.array(good)), dict.fromkeys(bad, "bad_image")
+
+
+def _warn_of_bad_images(config: FifaConfig, stage: str, bad: int, pairs: int) -> None:
+    """On the fly they are met one by one, too late to stop for them."""
+    if bad > config.max_quarantine_fraction * pairs:
+        logger.warning(
+            "%s: %s of %s pairs have images that could not be used; look at quarantine/%s",
+            stage,
+            f"{bad:,}",
+            f"{pairs:,}",
+            stage,
+        )
 
 
 def _reasons(bad: dict[int, str]) -> dict[str, int]:

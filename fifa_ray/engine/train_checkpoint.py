@@ -7,6 +7,7 @@ Data order and noise need no state: they follow from the step.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,6 @@ def load_checkpoint(
     return state
 
 
-def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Detached copies of named tensors that share no memory, as safetensors wants them."""
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}

@@ -6,9 +6,9 @@ taken by all from the same reduced numbers.
 
 import contextlib
 import math
-import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from fifa_ray.dpo.loss import Metrics
@@ -25,7 +24,6 @@ from fifa_ray.engine.train_batch import PairBatch
 from fifa_ray.engine.train_checkpoint import (
     TrainState,
     load_checkpoint,
-    on_cpu,
     save_checkpoint,
 )
 from fifa_ray.engine.train_inputs import (
@@ -43,7 +41,7 @@ from fifa_ray.engine.train_optimizer import (
     build_optimizer,
     build_schedule,
 )
-from fifa_ray.engine.train_output import draw_samples, upload_folder
+from fifa_ray.engine.train_output import BestWeights, draw_samples, upload_folder
 from fifa_ray.engine.train_pairs import TRAIN, VALIDATION, read_trained_pairs
 from fifa_ray.engine.train_step import GradientStep, PairLoss, add_metrics
 from fifa_ray.engine.train_validation import Validation
@@ -70,16 +68,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     return Training(config["job"]).run()
 
 
-def best_name(step: int) -> str:
-    """File name of the best weights, those of an optimizer step."""
-    return f"step-{step:08d}.safetensors"
-
-
 class Training:
     """One worker's share of a training."""
 
     def __init__(self, job: TrainJob) -> None:
         self.job, settings = job, job.settings
+        self.best = BestWeights(job.run, job.stage)
         context = ray.train.get_context()
         self.rank, self.num_workers = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
@@ -134,9 +128,7 @@ class Training:
             state = load_checkpoint(Path(folder), self.model, self.optimizer, self.averaged)
         if state.scaler:
             self.scaler.load_state_dict(state.scaler)
-        if state.best_step is not None and not self.job.run.exists(
-            self.job.stage, "best", best_name(state.best_step)
-        ):
+        if state.best_step is not None and not self.best.exists(state.best_step):
             # This checkpoint is not the newest that was ever written: its best is gone.
             state.best_step = state.best_accuracy = None
         return state
@@ -287,13 +279,19 @@ class Training:
             sums = self._reduce(torch.stack([measured[n].double() for n in names]).to(self.device))
             values = dict(zip(names, sums.tolist(), strict=True))
             count = values["pair_weight"]
+            if not count:
+                raise RuntimeError(
+                    "no held-out pair can be used, see quarantine/ for the reasons: mend the "
+                    "images, raise train.validation_pairs, or set it to 0"
+                )
             line: Line = {"kind": "validation", "optimizer_step": state.step, "pairs": int(count)}
-            line |= {name: values[name] / max(1.0, count) for name in METRIC_NAMES}
+            line |= {name: values[name] / count for name in METRIC_NAMES}
             accuracy = line["implicit_accuracy"]
             if state.best_accuracy is None or accuracy > state.best_accuracy:
                 state.best_accuracy, state.best_step = accuracy, state.step
                 state.validations_since_best = 0
-                self._save_best()
+                if self.rank == 0:
+                    self.best.save(state.step, self.model.trainable_state())
             else:
                 state.validations_since_best += 1
             self._draw_samples()
@@ -328,7 +326,8 @@ class Training:
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
                 checkpoint_dir_name=f"step-{state.step:08d}",
             )
-        self._drop_old_best()
+        # Only now: an older checkpoint may need the old best.
+        self.best.drop_all_but(state.best_step)
 
     def _all_bad_pairs(self) -> dict[str, str]:
         if self.job.latents is not None or self.num_workers == 1:
@@ -337,43 +336,18 @@ class Training:
         dist.all_gather_object(gathered, self.bad_pairs)
         return {pair: reason for of_worker in gathered for pair, reason in of_worker.items()}
 
-    def _save_best(self) -> None:
-        if self.rank != 0:
-            return
-        run, stage = self.job.run, self.job.stage
-        assert self.state.best_step is not None
-        with tempfile.TemporaryDirectory(prefix="best-") as folder:
-            file = Path(folder) / "weights.safetensors"
-            save_file(on_cpu(self.model.trainable_state()), file)
-            with (
-                file.open("rb") as source,
-                run.open_atomic(stage, "best", best_name(self.state.best_step)) as out,
-            ):
-                shutil.copyfileobj(source, out, 16 << 20)
-
-    def _drop_old_best(self) -> None:
-        """Only after the checkpoint that knows the new best: an older one may need the old."""
-        run, stage = self.job.run, self.job.stage
-        for name in run.list(stage, "best", suffix=".safetensors"):
-            if self.state.best_step is None or name != best_name(self.state.best_step):
-                run.filesystem.delete_file(run.path(stage, "best", name))
-
     def _write_model(self) -> None:
         """Rank 0 writes the best weights, where some were held out, else the last (averaged)."""
         if self.rank != 0:
             return
-        run, stage = self.job.run, self.job.stage
-        with self._averages(), tempfile.TemporaryDirectory(prefix="model-") as folder:
-            if self.state.best_step is not None:
-                best = Path(folder) / "best.safetensors"
-                source = run.path(stage, "best", best_name(self.state.best_step))
-                with run.filesystem.open_input_stream(source) as stream, best.open("wb") as out:
-                    shutil.copyfileobj(stream, out, 16 << 20)
-                self.model.load_trainable_state(load_file(best))
-            target = Path(folder) / "model"
-            target.mkdir()
-            self.model.save(target)
-            upload_folder(target, run, stage, PARTIAL_MODEL)
+        weights: Mapping[str, torch.Tensor] | None = None
+        if self.state.best_step is not None:
+            weights = self.best.load(self.state.best_step)
+        elif self.averaged is not None:
+            weights = self.averaged.averages
+        with tempfile.TemporaryDirectory(prefix="model-") as folder:
+            self.model.save(Path(folder), weights)
+            upload_folder(Path(folder), self.job.run, self.job.stage, PARTIAL_MODEL)
 
     def _summary(self) -> dict[str, Any]:
         state = self.state

@@ -1,16 +1,22 @@
 """What a training leaves behind: sample images while it runs, and its model."""
 
 import io
-from collections.abc import Iterable
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from fifa_ray.engine.train_checkpoint import on_cpu
 from fifa_ray.engine.train_inputs import TrainJob
 from fifa_ray.run_dir import RunDir
+
+_COPY_BYTES = 16 << 20
 
 
 def draw_samples(job: TrainJob, model: Any, step: int, indices: Iterable[int]) -> None:
@@ -72,6 +78,47 @@ def _decode(pipeline: Any, latents: torch.Tensor, side: int) -> Image.Image:
 def sample_name(step: int, index: int) -> str:
     """File name of the image of a prompt, by its index, after an optimizer step."""
     return f"step-{step:08d}-prompt-{index:03d}.png"
+
+
+class BestWeights:
+    """The weights of the best validation so far, in `training/<name>/best/`, by their step."""
+
+    def __init__(self, run: RunDir, stage: str) -> None:
+        self.run, self.stage = run, stage
+
+    def exists(self, step: int) -> bool:
+        """Whether the weights of this step are there."""
+        return self.run.exists(self.stage, "best", _best_name(step))
+
+    def save(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Keep a copy of weights; they appear whole or not at all."""
+        with tempfile.TemporaryDirectory(prefix="best-") as folder:
+            file = Path(folder) / "weights.safetensors"
+            save_file(on_cpu(weights), file)
+            with (
+                file.open("rb") as source,
+                self.run.open_atomic(self.stage, "best", _best_name(step)) as target,
+            ):
+                shutil.copyfileobj(source, target, _COPY_BYTES)
+
+    def load(self, step: int) -> dict[str, torch.Tensor]:
+        """What was saved at this step, on the CPU."""
+        path = self.run.path(self.stage, "best", _best_name(step))
+        with tempfile.TemporaryDirectory(prefix="best-") as folder:
+            file = Path(folder) / "weights.safetensors"
+            with self.run.filesystem.open_input_stream(path) as source, file.open("wb") as target:
+                shutil.copyfileobj(source, target, _COPY_BYTES)
+            return dict(load_file(file))
+
+    def drop_all_but(self, step: int | None) -> None:
+        """Delete the weights of other steps."""
+        for name in self.run.list(self.stage, "best", suffix=".safetensors"):
+            if step is None or name != _best_name(step):
+                self.run.filesystem.delete_file(self.run.path(self.stage, "best", name))
+
+
+def _best_name(step: int) -> str:
+    return f"step-{step:08d}.safetensors"
 
 
 def upload_folder(folder: Path, run: RunDir, *parts: str) -> None:

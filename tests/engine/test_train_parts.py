@@ -18,6 +18,7 @@ from fifa_ray.dpo.noising import pair_augmentation
 from fifa_ray.engine.prefetch import Prefetcher
 from fifa_ray.engine.train_batch import PairBatch, PairInputs, make_batch
 from fifa_ray.engine.train_checkpoint import TrainState, load_checkpoint, save_checkpoint
+from fifa_ray.engine.train_inputs import weightless_batch
 from fifa_ray.engine.train_metrics import MetricLog, read_metrics
 from fifa_ray.engine.train_optimizer import (
     AveragedWeights,
@@ -257,6 +258,12 @@ def rehearsed(model, batch):
     step.rehearse(batch)
     assert all(p.grad is None for p in model.denoiser.parameters())
     return None, None, step
+
+
+def test_a_worker_without_a_pair_of_its_own_adds_nothing(model):
+    gradients, metrics, _ = gradients_of(model, [weightless_batch(model)], 0.0)
+    assert all(float(gradient.abs().max()) == 0 for gradient in gradients)
+    assert all(float(value) == 0 for value in metrics.values())
 
 
 # Optimiser
