@@ -58,8 +58,7 @@ def run_evaluate(
         f"{prompts.rows_out:,}",
         ", ".join(model.name for model in models),
     )
-    for model in models:
-        run_images(run, config, model, resolution)
+    run_images(run, config, models, resolution)
     for scorer in scorers:
         run_scorer(run, config, models, scorer)
     return write_results(run, config, models, scorers)

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 STAGE = "evaluation/prompts"
 HELD_OUT = "held_out"
-# A part of the images that follow is written and read by one task: 64 images of 2 MB.
-IMAGES_PER_PART = 64
+# What one task draws, and what a killed run loses of each actor.
+IMAGES_PER_PART = 16
 
 
 def run_prompts(run: RunDir, config: FifaConfig, models: list[EvaluatedModel]) -> Manifest:

@@ -3,11 +3,8 @@
 One pass a scorer over the images of all models, so that it is loaded once however many there are.
 """
 
-import logging
 import math
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,24 +13,15 @@ from PIL import Image
 
 from fifa_ray import schema
 from fifa_ray.config import FifaConfig
-from fifa_ray.engine.cluster import (
-    actor_pool,
-    gpus_per_actor,
-    quiet_ray_data,
-    reserved_seconds,
-)
 from fifa_ray.engine.evaluate_images import failed_images, images_stage
 from fifa_ray.engine.evaluate_models import EvaluatedModel
+from fifa_ray.engine.evaluate_parts import PartsStage, run_parts_stages, write_part
 from fifa_ray.engine.evaluate_scorers import ImageScorer, Scorer
-from fifa_ray.engine.map_stage import check_quarantine
-from fifa_ray.engine.progress import Progress
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint
 from fifa_ray.sources.images import BadImage, decode_image
 
-logger = logging.getLogger(__name__)
-
-# Says of which images and scorer the parts beside it are, before the manifest does.
-MARKER = "fingerprint.txt"
+# Parts whose images one call of a scorer gets: 64 images, a batch of most reward models.
+PARTS_PER_TASK = 4
 
 # (reward, None, None), or (None, quarantine reason, detail)
 Outcome = tuple[float | None, str | None, str | None]
@@ -47,100 +35,33 @@ def rewards_stage(model: EvaluatedModel, scorer: Scorer) -> str:
 def run_scorer(
     run: RunDir, config: FifaConfig, models: Sequence[EvaluatedModel], scorer: Scorer
 ) -> list[Manifest]:
-    """Score the images of all models with one scorer, or those that are left, in one pass.
+    """Score the images of all models with one scorer, or those that are left.
 
-    A part of the images is the unit of work: its scores are written as one part when it is done,
-    and a killed run goes on with those that have none. Raises RuntimeError when more images fail
-    than `max_quarantine_fraction` allows.
+    Raises RuntimeError when more images fail than `max_quarantine_fraction` allows.
     """
-    started = time.monotonic()
-    todo: list[dict[str, str]] = []
-    changed: list[tuple[EvaluatedModel, str]] = []
+    stages = []
     for model in models:
         images = run.manifest(images_stage(model))
         assert images is not None
-        stage = rewards_stage(model, scorer)
-        wanted = fingerprint(stage, images.fingerprint, scorer.identity)
-        if run.is_complete(stage, wanted):
-            logger.info("%s: already complete", stage)
-            continue
-        changed.append((model, wanted))
-        _keep_only(run, stage, wanted)
-        there = set(run.list(stage))
-        for part in run.list(images_stage(model)):
-            if part not in there:
-                todo.append({"images": images_stage(model), "stage": stage, "part": part})
-    pool: dict[str, Any] = {}
-    if todo:
-        _score_parts(run, config, scorer, todo, pool)
-    seconds = (time.monotonic() - started) / max(1, len(changed))
-    cost = reserved_seconds(pool, seconds)
-    return [
-        _publish(run, config, model, scorer, wanted, seconds, cost) for model, wanted in changed
-    ]
-
-
-def _keep_only(run: RunDir, stage: str, wanted: str) -> None:
-    """Take back a stage's parts, unless an interrupted run of the same inputs wrote them."""
-    if run.exists(stage, MARKER) and run.read_text(stage, MARKER) == wanted:
-        return
-    run.invalidate(stage)
-    run.write_text(wanted, stage, MARKER)
-
-
-def _score_parts(
-    run: RunDir,
-    config: FifaConfig,
-    scorer: Scorer,
-    todo: list[dict[str, str]],
-    pool: dict[str, Any],
-) -> None:
-    import ray.data
-
-    quiet_ray_data()
-    pool.update(actor_pool(scorer.actors))
-    device = "cuda" if gpus_per_actor(scorer.actors) else "cpu"
+        stage = PartsStage(
+            name=rewards_stage(model, scorer),
+            fingerprint=fingerprint("evaluation/rewards", images.fingerprint, scorer.identity),
+            input_table=images_stage(model),
+            config={"kind": scorer.kind, "identity": scorer.identity},
+            details={"took_part_in_filtering": scorer.took_part},
+        )
+        stages.append(stage)
     threads = max(1, int(scorer.actors.num_cpus))
-    receipts = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+    return run_parts_stages(
+        run,
+        stages,
         ScoreParts,
-        fn_constructor_args=(run, scorer.load, device, threads, config.images.max_pixels),
-        batch_size=None,
-        batch_format="pyarrow",
-        **pool,
+        lambda device: (run, scorer.load, device, threads, config.images.max_pixels),
+        actors=scorer.actors,
+        label=f"evaluation/rewards/*/{scorer.name}",
+        parts_per_task=PARTS_PER_TASK,
+        max_quarantine_fraction=config.max_quarantine_fraction,
     )
-    total = sum(run.num_rows(stage) for stage in sorted({entry["images"] for entry in todo}))
-    progress = Progress(f"evaluation/rewards/*/{scorer.name}", total)
-    for batch in receipts.iter_batches(batch_size=None, batch_format="numpy"):
-        progress.advance(int(batch["images"].sum()))
-    progress.close()
-
-
-def _publish(
-    run: RunDir,
-    config: FifaConfig,
-    model: EvaluatedModel,
-    scorer: Scorer,
-    wanted: str,
-    seconds: float,
-    cost: dict[str, float],
-) -> Manifest:
-    stage = rewards_stage(model, scorer)
-    reasons = run.read_table(
-        "quarantine", *stage.split("/"), columns=["reason"], schema=schema.QUARANTINE
-    )
-    counts = {row["values"]: row["counts"] for row in reasons["reason"].value_counts().to_pylist()}
-    manifest = Manifest(
-        stage=stage,
-        fingerprint=wanted,
-        rows_in=run.num_rows(images_stage(model)),
-        rows_out=run.num_rows(stage),
-        quarantined=dict(sorted(counts.items())),
-        seconds=seconds,
-        config={"kind": scorer.kind, "identity": scorer.identity},
-        details={"took_part_in_filtering": scorer.took_part} | cost,
-    )
-    check_quarantine(manifest, config.max_quarantine_fraction, run)
-    return run.publish(manifest)
 
 
 class ScoreParts:
@@ -161,44 +82,47 @@ class ScoreParts:
         self.run, self.scorer, self.max_pixels = run, load(device), max_pixels
 
     def __call__(self, parts: pa.Table) -> pa.Table:
-        """Score and write one part or several."""
-        counts = []
-        for entry in parts.to_pylist():
-            columns = ["image_id", schema.PROMPT_ID, "prompt", "image"]
-            rows = self.run.read_table(entry["images"], entry["part"], columns=columns)
-            scored, failed = self.score(rows, entry["stage"])
-            stage = entry["stage"].split("/")
-            if len(failed):
-                self.run.write_table(failed, "quarantine", *stage, entry["part"])
-            self.run.write_table(scored, *stage, entry["part"])
-            counts.append(len(rows))
-        return pa.table({"images": counts})
-
-    def score(self, rows: pa.Table, stage: str) -> tuple[pa.Table, pa.Table]:
-        """Rows of images -> their rewards, and quarantine rows of those without one."""
+        """Score the images of one part or several together, and write each part."""
+        entries = parts.to_pylist()
+        columns = ["image_id", schema.PROMPT_ID, "prompt", "image"]
+        tables = [
+            self.run.read_table(entry["input"], entry["part"], columns=columns) for entry in entries
+        ]
+        rows = pa.concat_tables(tables)
         outcomes = score_encoded(
             self.scorer,
             rows.column("image").to_pylist(),
             rows.column("prompt").to_pylist(),
             self.max_pixels,
         )
-        rewards, errors, details = (list(column) for column in zip(*outcomes, strict=True))
-        good = pa.array([error is None for error in errors])
-        scored = pa.table(
-            [
-                rows.column("image_id"),
-                rows.column(schema.PROMPT_ID),
-                pa.array(rewards, pa.float64()),
-            ],
-            names=schema.EVALUATION_REWARDS.names,
-        )
-        bad = pc.invert(good)
-        failed = rows.filter(bad)
-        answers = pa.table({"error": errors, "detail": details}).filter(bad)
-        return (
-            scored.filter(good).cast(schema.EVALUATION_REWARDS),
-            failed_images(stage, failed, answers),
-        )
+        start = 0
+        for entry, table in zip(entries, tables, strict=True):
+            of_part = outcomes[start : start + len(table)]
+            write_part(self.run, entry, *reward_tables(table, of_part, entry["stage"]))
+            start += len(table)
+        return pa.table({"rows": [len(table) for table in tables]})
+
+
+def reward_tables(
+    rows: pa.Table, outcomes: Sequence[Outcome], stage: str
+) -> tuple[pa.Table, pa.Table]:
+    """EVALUATION_REWARDS of images with a reward, and quarantine rows of those without."""
+    answers = pa.table(
+        {
+            "reward": pa.array([reward for reward, _, _ in outcomes], pa.float64()),
+            "error": pa.array([error for _, error, _ in outcomes], pa.string()),
+            "detail": pa.array([detail for _, _, detail in outcomes], pa.string()),
+        }
+    )
+    bad = pc.is_valid(answers.column("error"))
+    scored = pa.table(
+        [rows.column("image_id"), rows.column(schema.PROMPT_ID), answers.column("reward")],
+        names=schema.EVALUATION_REWARDS.names,
+    ).filter(pc.invert(bad))
+    return (
+        scored.cast(schema.EVALUATION_REWARDS),
+        failed_images(stage, rows.filter(bad), answers.filter(bad)),
+    )
 
 
 def score_encoded(

@@ -10,6 +10,8 @@ from fifa_ray.report.tables import RunTables
 from fifa_ray.run_dir import Manifest
 
 ORDER = ("pairs", "prompts", "rewards", "quality", "embeddings", "neighbors", "selected")
+# Not every run sets out to do these.
+LATER = ("training_data", "latents", "training", "evaluation")
 # Details that have a column or a section of their own.
 SHOWN_ELSEWHERE = {"cpu_seconds", "gpu_seconds", "sets", "terms", "dropped", "reward_models"}
 USERINFO = re.compile(r"(?<=://)[^/\s@]+@")
@@ -66,7 +68,8 @@ def settings(tables: RunTables) -> Section:
 def place_of_stage(manifest: Manifest) -> tuple[int, str]:
     """Sort key that puts manifests in the order in which the stages run."""
     first = manifest.stage.split("/")[0]
-    return ORDER.index(first) if first in ORDER else len(ORDER), manifest.stage
+    known = (*ORDER, *LATER)
+    return known.index(first) if first in known else len(known), manifest.stage
 
 
 def without_secrets(value: Any) -> Any:
