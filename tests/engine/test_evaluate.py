@@ -31,8 +31,8 @@ from fifa_ray.engine.evaluate import run_evaluate
 from fifa_ray.engine.evaluate_images import DrawParts, run_images
 from fifa_ray.engine.evaluate_models import resolve_models
 from fifa_ray.engine.evaluate_prompts import run_prompts
-from fifa_ray.models.reward import build_image_transform, build_reward_model
 from fifa_ray.models.image_generator import Sampling
+from fifa_ray.models.reward import build_image_transform, build_reward_model
 from fifa_ray.run_dir import RunDir, part_name
 from fifa_ray.schema import normalize_prompt
 
