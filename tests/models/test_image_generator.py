@@ -128,7 +128,9 @@ def test_adapters_change_the_images_and_zero_ones_do_not(tiny_sd, tmp_path):
     # Of another width, or of another family: left out with a warning, tuned would equal base.
     file = tmp_path / "wide" / "pytorch_lora_weights.safetensors"
     file.parent.mkdir()
-    save_file({name: torch.zeros(5, 5) for name in state}, file, metadata={"format": "pt"})
+    save_file(
+        {f"unet.{name}": torch.zeros(5, 5) for name in state}, file, metadata={"format": "pt"}
+    )
     with pytest.raises(ValueError, match="do not fit"):
         ImageGenerator(GeneratorWeights(str(tiny_sd), lora=str(file.parent)), SAMPLING)
     save_tiny_sd3(tmp_path / "sd3")
