@@ -35,8 +35,8 @@ def evaluate(
     """
     run, loaded = open_training(config, overrides)
     connect(loaded.ray)
-    save_config(run, loaded)
     run_evaluate(run, loaded, extra_scorers)
+    save_config(run, loaded)
     if loaded.report.enabled and write_page:
         write_report(run)
     return run

@@ -136,3 +136,13 @@ def test_every_setting_is_listed():
     result = fifa("config")
     assert "select.selection_size: int = 5000" in result.output
     assert yaml.safe_load(fifa("config", "pickapic_sd15").output)["select"]["min_quality"] == 5.0
+
+
+def test_evaluating_before_training_says_what_to_run(ray_session, config, tmp_path):
+    result = fifa("evaluate", config, "evaluate.prompts=general")
+    assert result.exit_code == 2
+    assert "has no complete training 'dpo'; there is none yet. Run `fifa train`" in result.output
+    assert not (tmp_path / "run").exists()
+    result = fifa("evaluate", tmp_path / "typo")
+    assert result.exit_code == 2
+    assert "no configuration file" in result.output
