@@ -32,8 +32,8 @@ class EvaluateConfig(Section):
     images_per_prompt: int = Field(1, ge=1, description="Images, that is seeds, per prompt.")
     rewards: tuple[str, ...] | None = Field(
         None,
-        min_length=1,
-        description="Names of rewards and extra_rewards that score the images; null: all.",
+        description="Names of rewards and extra_rewards that score the images; null: all. May be "
+        "empty where scorers are given in Python.",
     )
     extra_rewards: tuple[RewardConfig, ...] = Field(
         (), description="Reward models that take no part in filtering: independent judges."

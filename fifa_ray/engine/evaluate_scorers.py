@@ -56,7 +56,12 @@ def resolve_scorers(
     """
     configured = (*config.rewards, *config.evaluate.extra_rewards)
     known = [reward.name for reward in configured]
-    wanted = config.evaluate.rewards or tuple(known)
+    named = config.evaluate.rewards
+    wanted = tuple(known) if named is None else named
+    if not wanted and not extra:
+        raise ConfigError(
+            f"evaluate.rewards is empty, so nothing scores the images; configured are {known}"
+        )
     for name in wanted:
         if name not in known:
             raise ConfigError(

@@ -133,6 +133,8 @@ def test_settings_that_cannot_be_used_are_said_before_any_work(ray_session, trai
     config = evaluate_config(trained, base, rewards=["tny"], prompts="general")
     with pytest.raises(ConfigError, match=r"no reward is named 'tny'; .*did you mean tiny\?"):
         run_evaluate(trained, config)
+    with pytest.raises(ConfigError, match="nothing scores the images"):
+        run_evaluate(trained, evaluate_config(trained, base, rewards=[], prompts="general"))
     config = evaluate_config(trained, base, resolution=20, prompts="general")
     with pytest.raises(ConfigError, match="multiple of 8 pixels, got 20"):
         run_evaluate(trained, config)
