@@ -160,7 +160,7 @@ class TrainConfig(Section):
         "never.",
     )
     sample_prompts: tuple[str, ...] = Field(
-        (), description="Prompts whose images are drawn at each validation, same seeds."
+        (), description="Prompts whose images are drawn every validation_every, same seeds."
     )
     checkpoint_every: int = Field(500, ge=1, description="Optimizer steps between checkpoints.")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept, and the best.")

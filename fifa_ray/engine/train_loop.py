@@ -166,8 +166,10 @@ class Training:
                 last = state.step == settings.max_steps
                 if last or state.step % settings.log_every == 0:
                     self._log_step()
-                if self.validation and (last or state.step % settings.validation_every == 0):
-                    self._validate()
+                if last or state.step % settings.validation_every == 0:
+                    with self._averages():
+                        self._validate()
+                        self._draw_samples()
                 if last or state.stopped_early or state.step % settings.checkpoint_every == 0:
                     self._checkpoint()
         finally:
@@ -271,30 +273,30 @@ class Training:
         return self.averaged.swapped_in() if self.averaged else contextlib.nullcontext()
 
     def _validate(self) -> None:
-        assert self.validation is not None
+        """Measure the held-out pairs, keep the best weights, decide whether to stop."""
+        if self.validation is None:
+            return
         settings, state = self.job.settings, self.state
-        with self._averages():
-            measured = self.validation.measure(self.loss, self.gradients.batch_size)
-            names = sorted(measured)
-            sums = self._reduce(torch.stack([measured[n].double() for n in names]).to(self.device))
-            values = dict(zip(names, sums.tolist(), strict=True))
-            count = values["pair_weight"]
-            if not count:
-                raise RuntimeError(
-                    "no held-out pair can be used, see quarantine/ for the reasons: mend the "
-                    "images, raise train.validation_pairs, or set it to 0"
-                )
-            line: Line = {"kind": "validation", "optimizer_step": state.step, "pairs": int(count)}
-            line |= {name: values[name] / count for name in METRIC_NAMES}
-            accuracy = line["implicit_accuracy"]
-            if state.best_accuracy is None or accuracy > state.best_accuracy:
-                state.best_accuracy, state.best_step = accuracy, state.step
-                state.validations_since_best = 0
-                if self.rank == 0:
-                    self.best.save(state.step, self.model.trainable_state())
-            else:
-                state.validations_since_best += 1
-            self._draw_samples()
+        measured = self.validation.measure(self.loss, self.gradients.batch_size)
+        names = sorted(measured)
+        sums = self._reduce(torch.stack([measured[n].double() for n in names]).to(self.device))
+        values = dict(zip(names, sums.tolist(), strict=True))
+        count = values["pair_weight"]
+        if not count:
+            raise RuntimeError(
+                "no held-out pair can be used, see quarantine/ for the reasons: mend the "
+                "images, raise train.validation_pairs, or set it to 0"
+            )
+        line: Line = {"kind": "validation", "optimizer_step": state.step, "pairs": int(count)}
+        line |= {name: values[name] / count for name in METRIC_NAMES}
+        accuracy = line["implicit_accuracy"]
+        if state.best_accuracy is None or accuracy > state.best_accuracy:
+            state.best_accuracy, state.best_step = accuracy, state.step
+            state.validations_since_best = 0
+            if self.rank == 0:
+                self.best.save(state.step, self.model.trainable_state())
+        else:
+            state.validations_since_best += 1
         patience = settings.early_stop_patience
         state.stopped_early = patience is not None and state.validations_since_best >= patience
         if self.log is not None:
@@ -302,9 +304,13 @@ class Training:
 
     def _draw_samples(self) -> None:
         prompts = self.job.settings.sample_prompts
+        if not prompts:
+            return
         mine = range(self.rank, len(prompts), self.num_workers)
-        if len(mine):
-            draw_samples(self.job, self.model, self.state.step, mine)
+        draw_samples(self.job, self.model, self.state.step, mine)
+        self._reduce(torch.zeros(1, device=self.device))  # until everyone has drawn
+        if self.log is not None:
+            self.log.log_samples(self.state.step, self.state.step)
 
     # Files
 

@@ -6,6 +6,7 @@ works on object stores; after a restart the lines of steps that are done again a
 TensorBoard's files are made anew from the rest.
 """
 
+import io
 import json
 import math
 import shutil
@@ -15,7 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow.fs as pafs
+from PIL import Image
 
 from fifa_ray.run_dir import RunDir
 
@@ -57,6 +60,7 @@ class MetricLog:
         self.tensorboard = TensorBoard(run, stage)
         for line in self.lines:
             self.tensorboard.log(line)
+        self.log_samples(0, step)
         self.write()
 
     def log(self, line: Line) -> None:
@@ -71,6 +75,17 @@ class MetricLog:
         wait = max(MIN_SECONDS, SECONDS_PER_LINE * len(self.lines))
         if time.monotonic() - self.written > wait:
             self.write()
+
+    def log_samples(self, first: int, last: int) -> None:
+        """Show the sample images of these steps, which lie in samples/, on TensorBoard as well."""
+        for name in self.run.list(self.stage, "samples", suffix=".png"):
+            step, index = (int(part) for part in name.removesuffix(".png").split("-")[1::2])
+            if not first <= step <= last:
+                continue
+            path = self.run.path(self.stage, "samples", name)
+            with self.run.filesystem.open_input_stream(path) as stream:
+                image = np.asarray(Image.open(io.BytesIO(stream.read()), formats=["PNG"]))
+            self.tensorboard.add_image(f"samples/{index:03d}", image, step)
 
     def write(self) -> None:
         """Write everything that was logged."""
@@ -126,6 +141,11 @@ class TensorBoard:
         self.writer.close()
         if not self.is_local:
             shutil.rmtree(self.local, ignore_errors=True)
+
+
+def sample_name(step: int, index: int) -> str:
+    """File name of the image of a sample prompt, by its index, after an optimizer step."""
+    return f"step-{step:08d}-prompt-{index:03d}.png"
 
 
 def check_loggers(loggers: tuple[str, ...]) -> None:

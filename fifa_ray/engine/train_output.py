@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fifa_ray.engine.train_checkpoint import on_cpu
 from fifa_ray.engine.train_inputs import TrainJob
+from fifa_ray.engine.train_metrics import sample_name
 from fifa_ray.run_dir import RunDir
 
 _COPY_BYTES = 16 << 20
@@ -73,11 +74,6 @@ def _decode(pipeline: Any, latents: torch.Tensor, side: int) -> Image.Image:
     pixels = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
     image: Image.Image = pipeline.image_processor.postprocess(pixels.float())[0]
     return image
-
-
-def sample_name(step: int, index: int) -> str:
-    """File name of the image of a prompt, by its index, after an optimizer step."""
-    return f"step-{step:08d}-prompt-{index:03d}.png"
 
 
 class BestWeights:
