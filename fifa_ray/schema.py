@@ -213,7 +213,7 @@ def embedding_matrix(table: pa.Table) -> np.ndarray:
     column = table.column("embedding").combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
+    return np.from_dlpack(column.flatten()).reshape(len(table), -1)
 
 
 def make_pair_id(

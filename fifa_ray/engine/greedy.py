@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fifa_ray.config import FifaConfig
-from fifa_ray.engine.selection_tables import read_embeddings
+from fifa_ray.engine.row_lookup import read_embeddings
 from fifa_ray.engine.strategies import Population
 from fifa_ray.run_dir import RunDir
 from fifa_ray.scoring.greedy import select_greedy

@@ -4,36 +4,32 @@
 source's own bytes. Only the row groups of the chosen pairs are read again.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
 from fifa_ray import schema
 from fifa_ray.config import FifaConfig, Strategy
+from fifa_ray.engine.part_reader import frugal_memory, part_task, to_arrow
+from fifa_ray.engine.row_lookup import Columns, Lookup, look_up_pairs, read_embeddings
 from fifa_ray.engine.terms import DROP_REASONS
 from fifa_ray.run_dir import RunDir, part_name
 from fifa_ray.scoring.diversity import knn_entropy
 from fifa_ray.sources import Source, open_source
-
-Columns = Mapping[str, np.ndarray]
 
 # Pairs of one part of selected/: what one task reads the images of.
 PAIRS_PER_PART = 250
 # The entropy of larger sets is estimated on a sample of this many distinct prompts.
 ENTROPY_PROMPTS = 20_000
 
-# Rows decoded at once while a few of them are picked: memory does not grow with the row groups.
-BATCH_ROWS = 16_384
-
 TERM_COLUMNS = ("margin_term", "quality_term", "diversity_term")
 
 
+@frugal_memory()
 def write_selection(
     run: RunDir,
     config: FifaConfig,
@@ -87,86 +83,6 @@ def write_selection(
     return {"sets": {name: _measure(run, config, columns, kept) for name, columns in sets.items()}}
 
 
-@dataclass(frozen=True)
-class Lookup:
-    """Rows of pairs/ and texts of prompts/ that are needed, sorted by their ids."""
-
-    pairs: pa.Table
-    prompts: pa.Table
-
-    def rows_of(self, pair_ids: np.ndarray) -> pa.Table:
-        """Rows of pairs/, in the order of these ids."""
-        return self.pairs.take(_positions(self.pairs.column("pair_id").to_numpy(), pair_ids))
-
-    def texts_of(self, prompt_ids: np.ndarray) -> pa.ChunkedArray:
-        """Prompts, in the order of these ids."""
-        at = _positions(self.prompts.column("prompt_id").to_numpy(), prompt_ids)
-        return self.prompts.column("prompt").take(at)
-
-
-def _positions(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    return np.searchsorted(known, wanted)
-
-
-def look_up_pairs(run: RunDir, chosen: Sequence[Columns]) -> Lookup:
-    """Read what is needed of pairs/ and prompts/ once, and only the row groups that hold it."""
-    part = np.concatenate([columns["part"] for columns in chosen])
-    row = np.concatenate([columns["row"] for columns in chosen])
-    refs = [
-        _take_rows.remote(run, part_name(int(index)), np.unique(row[part == index]))
-        for index in np.unique(part)
-    ]
-    prompt_ids = np.unique(np.concatenate([columns["prompt_id"] for columns in chosen]))
-    prompts = _rows_with_ids(run, "prompts", ["prompt_id", "prompt"], prompt_ids)
-    pairs = pa.concat_tables(ray.get(refs)).unify_dictionaries().combine_chunks()
-    return Lookup(pairs.sort_by("pair_id"), prompts)
-
-
-@ray.remote(num_cpus=1)
-def _take_rows(run: RunDir, part: str, rows: np.ndarray) -> pa.Table:
-    file = pq.ParquetFile(run.filesystem.open_input_file(run.path("pairs", part)))
-    lengths = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    ends = np.cumsum(lengths)
-    tables = []
-    for index in np.unique(np.searchsorted(ends, rows, side="right")):
-        start = int(ends[index] - lengths[index])
-        for batch in file.iter_batches(BATCH_ROWS, row_groups=[int(index)]):
-            stop = start + len(batch)
-            inside = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
-            if len(inside):
-                tables.append(pa.table(batch).take(inside - start))
-            start = stop
-    return pa.concat_tables(tables)
-
-
-def _rows_with_ids(run: RunDir, table: str, columns: list[str], prompt_ids: np.ndarray) -> pa.Table:
-    """Rows of a table by prompt_id, sorted by it; row groups that hold none are not read."""
-    wanted = ray.put(np.sort(prompt_ids))
-    refs = [_rows_of_part.remote(run, table, part, columns, wanted) for part in run.list(table)]
-    return pa.concat_tables(ray.get(refs)).combine_chunks().sort_by("prompt_id")
-
-
-@ray.remote(num_cpus=1)
-def _rows_of_part(
-    run: RunDir, table: str, part: str, columns: list[str], wanted: np.ndarray
-) -> pa.Table:
-    """Rows of one part with these ids (sorted), a batch in memory at a time."""
-    file = pq.ParquetFile(run.filesystem.open_input_file(run.path(table, part)))
-    place = file.schema_arrow.get_field_index("prompt_id")
-    tables = [file.schema_arrow.empty_table().select(columns)]
-    for index in range(file.num_row_groups):
-        statistics = file.metadata.row_group(index).column(place).statistics
-        if statistics is not None and statistics.has_min_max:
-            first = np.searchsorted(wanted, statistics.min)
-            if first == np.searchsorted(wanted, statistics.max, side="right"):
-                continue
-        for batch in file.iter_batches(BATCH_ROWS, row_groups=[index], columns=columns):
-            kept = np.isin(batch.column("prompt_id").to_numpy(), wanted)
-            if kept.any():
-                tables.append(pa.table(batch).filter(kept))
-    return pa.concat_tables(tables)
-
-
 def describe_pairs(columns: Columns, lookup: Lookup) -> pa.Table:
     """Chosen pairs as a table of schema.SELECTED_TERMS, plus a margin column per reward model."""
     rows = lookup.rows_of(columns["pair_id"])
@@ -177,7 +93,7 @@ def describe_pairs(columns: Columns, lookup: Lookup) -> pa.Table:
         "rank": np.arange(1, len(rows) + 1),
         "importance_score": columns["score"],
         "reward_margin": columns["reward_margin"],
-        "prompt_quality": pa.array(columns["prompt_quality"], from_pandas=True),
+        "prompt_quality": _nan_as_null(columns["prompt_quality"]),
         "log_kth_neighbor_distance": columns["log_kth_neighbor_distance"],
         **{name: columns[name] for name in TERM_COLUMNS},
         "source_file": rows.column("source_file").cast(pa.string()),
@@ -194,11 +110,16 @@ def describe_pairs(columns: Columns, lookup: Lookup) -> pa.Table:
 
 
 def _as_type(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
-    array = values if isinstance(values, pa.Array | pa.ChunkedArray) else pa.array(values)
+    array = values if isinstance(values, pa.Array | pa.ChunkedArray) else to_arrow(values)
     return array.cast(kind)
 
 
-@ray.remote(num_cpus=1)
+def _nan_as_null(values: np.ndarray) -> pa.Array:
+    column = to_arrow(values)
+    return pc.if_else(pc.is_nan(column), pa.nulls(len(column), column.type), column)
+
+
+@part_task
 def _write_selected_part(
     run: RunDir, config: FifaConfig, source: Source, table: pa.Table, rows: pa.Table, part: str
 ) -> None:
@@ -213,7 +134,7 @@ def _write_selected(
     run.write_table(table, "selected", part, row_group_size=50 if config.select.images else None)
 
 
-@ray.remote(num_cpus=1)
+@part_task
 def _write_gallery(
     run: RunDir, source: Source, galleries: Mapping[str, tuple[pa.Table, pa.Table]]
 ) -> None:
@@ -297,10 +218,10 @@ def _sample_table(sample: Columns, kept: Columns) -> pa.Table:
     table: dict[str, Any] = {
         "pair_id": columns["pair_id"],
         "prompt_id": columns["prompt_id"],
-        "importance_score": pa.array(score, from_pandas=True),
+        "importance_score": _nan_as_null(score),
         "dropped_by": pa.array([reason or None for reason in reasons], pa.string()),
-        "reward_margin": pa.array(columns["reward_margin"], from_pandas=True),
-        "prompt_quality": pa.array(columns["prompt_quality"], from_pandas=True),
+        "reward_margin": _nan_as_null(columns["reward_margin"]),
+        "prompt_quality": _nan_as_null(columns["prompt_quality"]),
         "log_kth_neighbor_distance": columns["log_kth_neighbor_distance"],
         "selected": np.isin(columns["pair_id"], kept["pair_id"]),
     }
@@ -330,10 +251,3 @@ def set_entropy(run: RunDir, prompt_ids: np.ndarray, num_neighbors: int, seed: i
     if len(prompt_ids) <= num_neighbors:
         return None
     return float(knn_entropy(read_embeddings(run, prompt_ids), num_neighbors))
-
-
-def read_embeddings(run: RunDir, prompt_ids: np.ndarray) -> np.ndarray:
-    """float32 (N, D) embeddings of these distinct prompts, in their order."""
-    table = _rows_with_ids(run, "embeddings", ["prompt_id", "embedding"], np.sort(prompt_ids))
-    at = _positions(table.column("prompt_id").to_numpy(), prompt_ids)
-    return schema.embedding_matrix(table)[at]

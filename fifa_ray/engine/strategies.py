@@ -1,26 +1,57 @@
 """How each strategy scores a pair: the method, and the baselines by the same code path."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from fifa_ray.config import FifaConfig, SelectConfig, Strategy
 from fifa_ray.engine.terms import DROP_REASONS, Terms
-from fifa_ray.scoring.importance import Standardization, importance_score, standardize
+from fifa_ray.scoring.importance import (
+    Standardization,
+    empty_statistics,
+    importance_score,
+    standardize,
+)
 from fifa_ray.scoring.margin import apply_margin_rule, average_margins
 from fifa_ray.scoring.moments import Moments, Ranks
 
 Statistics = Moments | Ranks
+
+_PROMPT_TERMS = ("prompt_quality", "log_kth_neighbor_distance")
 
 
 @dataclass
 class Population:
     """Statistics of the pairs that one kind of strategy may choose from."""
 
-    margins: dict[str, Moments] = field(default_factory=dict)
+    margins: dict[str, Moments]
+    prompt_quality: Statistics
+    log_kth_neighbor_distance: Statistics
     margin: Statistics | None = None  # of the vote under the margin rule
-    prompt_quality: Statistics | None = None
-    log_kth_neighbor_distance: Statistics | None = None
+
+    @classmethod
+    def empty(cls, config: FifaConfig) -> Self:
+        """Statistics of no pair yet, of the kind that the configuration needs."""
+        rule = config.select.standardization
+        margins = {reward.name: Moments() for reward in config.rewards}
+        return cls(margins, empty_statistics(rule), empty_statistics(rule))
+
+    def update(self, terms: Terms) -> None:
+        """Take in some pairs."""
+        self.margins = {
+            name: moments.update(terms.margins[name]) for name, moments in self.margins.items()
+        }
+        for name in _PROMPT_TERMS:
+            setattr(self, name, getattr(self, name).update(getattr(terms, name)))
+
+    def merge(self, other: Self) -> None:
+        """Take in what was collected of other pairs."""
+        self.margins = {
+            name: moments.merge(other.margins[name]) for name, moments in self.margins.items()
+        }
+        for name in _PROMPT_TERMS:
+            setattr(self, name, getattr(self, name).merge(getattr(other, name)))
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
-"""The terms of every pair of a part, joined: what `select` standardises, weighs and compares."""
+"""The terms of every pair, joined: what `select` standardises, weighs and compares."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
 
 from fifa_ray import schema
 from fifa_ray.config import FifaConfig
+from fifa_ray.engine.part_reader import batches, open_part, part_task, read_columns, to_numpy
 from fifa_ray.run_dir import RunDir
 
 # Why a pair cannot be chosen; "" for one that can. Position is the code in `Terms.dropped`.
@@ -55,37 +55,46 @@ def _leading_bits(prompt_ids: np.ndarray, shift: int) -> np.ndarray:
     return (unsigned >> np.uint64(shift)).astype(np.int64)
 
 
+@part_task
 def read_prompt_terms(run: RunDir, config: FifaConfig) -> PromptTerms:
     """Read quality/ (if there is a judge) and neighbors/, both sorted by prompt_id."""
-    neighbors = run.read_table("neighbors", columns=[schema.PROMPT_ID, "log_kth_neighbor_distance"])
-    ids = neighbors.column(schema.PROMPT_ID).to_numpy()
+    neighbors = read_columns(
+        run,
+        "neighbors",
+        columns={schema.PROMPT_ID: np.int64, "log_kth_neighbor_distance": np.float32},
+    )
+    ids = neighbors[schema.PROMPT_ID]
     quality = np.full(len(ids), np.nan, np.float32)
     harmful = np.zeros(len(ids), bool)
     if config.judge.enabled:
-        judged = run.read_table("quality", columns=[schema.PROMPT_ID, "prompt_quality", "harmful"])
-        if not np.array_equal(judged.column(schema.PROMPT_ID).to_numpy(), ids):
+        judged = read_columns(
+            run,
+            "quality",
+            columns={schema.PROMPT_ID: np.int64, "prompt_quality": np.float32, "harmful": bool},
+        )
+        if not np.array_equal(judged[schema.PROMPT_ID], ids):
             raise ValueError(
                 "quality/ and neighbors/ hold different prompts; run `fifa filter` again"
             )
-        quality = judged.column("prompt_quality").to_numpy().astype(np.float32)
-        harmful = judged.column("harmful").fill_null(False).to_numpy()
+        quality, harmful = judged["prompt_quality"], judged["harmful"]
     shift = 64 - max(1, min(24, len(ids).bit_length()))
-    buckets = _leading_bits(ids, shift)
-    first = np.searchsorted(buckets, np.arange(1 << (64 - shift))).astype(np.int32)
-    distance = neighbors.column("log_kth_neighbor_distance").to_numpy()
+    sizes = np.bincount(_leading_bits(ids, shift), minlength=1 << (64 - shift))
+    first = np.cumsum(sizes, dtype=np.int32) - sizes.astype(np.int32)
+    distance = neighbors["log_kth_neighbor_distance"]
     return PromptTerms(ids, quality, harmful, distance, first, shift)
 
 
 @dataclass(frozen=True)
 class Terms:
-    """Terms of the pairs of one part; raw, one row a pair, sorted by pair_id.
+    """Terms of some pairs of one part; raw, one row a pair, sorted by pair_id.
 
-    margins: per reward model float64 (P,), NaN where it has no score. dropped: uint8 codes of
-    DROP_REASONS under the method's hard filters.
+    row: int64 (P,), their rows in the part. margins: per reward model float32 (P,), NaN where it
+    has no score. dropped: uint8 codes of DROP_REASONS under the method's hard filters.
     """
 
     pair_id: np.ndarray
     prompt_id: np.ndarray
+    row: np.ndarray
     margins: Mapping[str, np.ndarray]
     prompt_quality: np.ndarray
     log_kth_neighbor_distance: np.ndarray
@@ -99,6 +108,7 @@ class Terms:
             self,
             pair_id=self.pair_id[mask],
             prompt_id=self.prompt_id[mask],
+            row=self.row[mask],
             margins={name: values[mask] for name, values in self.margins.items()},
             prompt_quality=self.prompt_quality[mask],
             log_kth_neighbor_distance=self.log_kth_neighbor_distance[mask],
@@ -106,24 +116,37 @@ class Terms:
         )
 
 
-def read_terms(run: RunDir, part: str, config: FifaConfig, of_prompt: PromptTerms) -> Terms:
-    """Join pairs/, every rewards/<name>/ and the prompt-level terms of one part."""
-    pairs = run.read_table("pairs", part, columns=[schema.PAIR_ID, schema.PROMPT_ID])
-    pair_id = _column(pairs, schema.PAIR_ID)
-    prompt_id = _column(pairs, schema.PROMPT_ID)
-    margins = {
-        reward.name: _aligned_margins(run, reward.name, part, pair_id) for reward in config.rewards
+def read_terms(
+    run: RunDir, part: str, config: FifaConfig, of_prompt: PromptTerms
+) -> Iterator[Terms]:
+    """Join pairs/, every rewards/<name>/ and the prompt-level terms of one part, block by block."""
+    rewards = {
+        reward.name: read_columns(
+            run,
+            "rewards",
+            reward.name,
+            part,
+            columns={schema.PAIR_ID: np.int64, "reward_margin": np.float32},
+        )
+        for reward in config.rewards
     }
-    at = of_prompt.find(prompt_id)
-    quality = of_prompt.prompt_quality[at]
-    return Terms(
-        pair_id=pair_id,
-        prompt_id=prompt_id,
-        margins=margins,
-        prompt_quality=quality,
-        log_kth_neighbor_distance=of_prompt.log_kth_neighbor_distance[at],
-        dropped=_dropped(config, list(margins.values()), quality, of_prompt.harmful[at]),
-    )
+    start = 0
+    for batch in batches(open_part(run, "pairs", part), [schema.PAIR_ID, schema.PROMPT_ID]):
+        pair_id = to_numpy(batch.column(schema.PAIR_ID))
+        prompt_id = to_numpy(batch.column(schema.PROMPT_ID))
+        margins = {name: _aligned_margins(scored, pair_id) for name, scored in rewards.items()}
+        at = of_prompt.find(prompt_id)
+        quality = of_prompt.prompt_quality[at]
+        yield Terms(
+            pair_id=pair_id,
+            prompt_id=prompt_id,
+            row=np.arange(start, start + len(batch)),
+            margins=margins,
+            prompt_quality=quality,
+            log_kth_neighbor_distance=of_prompt.log_kth_neighbor_distance[at],
+            dropped=_dropped(config, list(margins.values()), quality, of_prompt.harmful[at]),
+        )
+        start += len(batch)
 
 
 def _dropped(
@@ -142,15 +165,13 @@ def _dropped(
     return dropped
 
 
-def _column(table: pa.Table, name: str) -> np.ndarray:
-    return table.column(name).to_numpy()
-
-
-def _aligned_margins(run: RunDir, name: str, part: str, pair_id: np.ndarray) -> np.ndarray:
-    table = run.read_table("rewards", name, part, columns=[schema.PAIR_ID, "reward_margin"])
-    scored, values = _column(table, schema.PAIR_ID), _column(table, "reward_margin")
-    if len(scored) == len(pair_id) and np.array_equal(scored, pair_id):
+def _aligned_margins(scored: Mapping[str, np.ndarray], pair_id: np.ndarray) -> np.ndarray:
+    """Margins of some pairs, sorted by id as the scored ones are; NaN for one without a score."""
+    first = np.searchsorted(scored[schema.PAIR_ID], pair_id[0])
+    last = np.searchsorted(scored[schema.PAIR_ID], pair_id[-1], side="right")
+    known, values = scored[schema.PAIR_ID][first:last], scored["reward_margin"][first:last]
+    if np.array_equal(known, pair_id):
         return values
     margins = np.full(len(pair_id), np.nan, np.float32)
-    margins[np.searchsorted(pair_id, scored)] = values
+    margins[np.searchsorted(pair_id, known)] = values
     return margins

@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import digamma, gammaln
 
 DISTANCE_FLOOR = 1e-6
 """Smallest distance that enters an entropy: about the noise of float32 unit vectors."""
@@ -17,7 +16,7 @@ _SPARE_CANDIDATES = 16
 
 
 def kth_neighbor_distance(
-    embeddings: ArrayLike, num_neighbors: int, *, query_chunk_rows: int = 256
+    embeddings: ArrayLike, num_neighbors: int, *, query_chunk_rows: int = 64
 ) -> NDArray[np.float64]:
     """Euclidean distance from each row to its num_neighbors-th nearest other row (N,).
 
@@ -130,14 +129,11 @@ def knn_entropy_from_distances(
     _check_num_neighbors(num_neighbors, len(distance_N))
     if dimension < 1:
         raise ValueError(f"dimension must be at least 1, got {dimension}")
-    log_unit_ball = dimension / 2 * math.log(math.pi) - gammaln(dimension / 2 + 1)
+    log_unit_ball = dimension / 2 * math.log(math.pi) - math.lgamma(dimension / 2 + 1)
     mean_log_distance = log_kth_neighbor_distance(distance_N, distance_floor).mean()
-    return float(
-        digamma(len(distance_N))
-        - digamma(num_neighbors)
-        + log_unit_ball
-        + dimension * mean_log_distance
-    )
+    # Of whole numbers, psi(N) - psi(k) = 1/k + 1/(k + 1) + ... + 1/(N - 1).
+    psi_difference = math.fsum(1.0 / i for i in range(num_neighbors, len(distance_N)))
+    return float(psi_difference + log_unit_ball + dimension * mean_log_distance)
 
 
 def _distances(
