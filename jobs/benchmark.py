@@ -12,12 +12,6 @@ absolute figures of a shared machine say little.
 
 import click
 
-from jobs.benchmarks.memory import memory
-from jobs.benchmarks.neighbors import neighbors
-from jobs.benchmarks.score import score
-from jobs.benchmarks.select import select
-from jobs.benchmarks.train import train
-
 GROUP_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 
 
@@ -26,8 +20,14 @@ def main() -> None:
     """Measure one part of fifa-ray."""
 
 
-for command in (score, neighbors, select, memory, train):
-    main.add_command(command)
-
 if __name__ == "__main__":
+    # Here, so that the processes a benchmark spawns do not import torch for the others' sake.
+    from jobs.benchmarks.memory import memory
+    from jobs.benchmarks.neighbors import neighbors
+    from jobs.benchmarks.score import score
+    from jobs.benchmarks.select import select
+    from jobs.benchmarks.train import train
+
+    for command in (score, neighbors, select, memory, train):
+        main.add_command(command)
     main()
