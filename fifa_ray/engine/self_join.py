@@ -129,9 +129,9 @@ def _seed(shard: Shard, index: CellIndex, config: NeighborsConfig) -> Nearest:
 
 
 @ray.remote
-def _take(shard: Shard, seeded: Nearest, places: Ints) -> tuple[Floats, Floats]:
-    """Vectors and seeded squared k-th distances of some rows of a shard."""
-    return shard.vectors[places], seeded.squared_Qk[places, -1]
+def _take(shard: Shard, seeded: Nearest, places: Ints) -> tuple[Floats, Floats, Ints]:
+    """Vectors, seeded squared k-th distances and seeded neighbours of some rows of a shard."""
+    return shard.vectors[places], seeded.squared_Qk[places, -1], seeded.rows_Qk[places]
 
 
 @ray.remote
@@ -167,8 +167,7 @@ def _true_neighbors(
             )
         ]
     )
-    vectors = np.concatenate([piece[0] for piece in taken])
-    reach = np.concatenate([piece[1] for piece in taken])
+    vectors, reach, seeded = (np.concatenate(pieces) for pieces in zip(*taken, strict=True))
     queries = ray.put(vectors), ray.put(reach)
     task = _nearest_in.options(num_gpus=plan.config.num_gpus)
     found = ray.get(
@@ -180,9 +179,11 @@ def _true_neighbors(
     # The row itself is no neighbour; should its copies have crowded it out, the last one goes.
     squared = np.where(places == rows[:, None], np.inf, squared)
     kept = np.argsort(squared, axis=1, kind="stable")[:, : plan.config.num_neighbors]
+    true_rows = np.take_along_axis(places, kept, axis=1)
     return Sample(
         sketch_QP=index.sketch(vectors),
         reach_Q=reach,
+        seeded_Qk=(true_rows[:, :, None] == seeded[:, None, :]).any(axis=2),
         true_squared_Qk=np.take_along_axis(squared, kept, axis=1),
         true_sketch_QkP=np.take_along_axis(sketches, kept[:, :, None], axis=1),
         true_cells_Qk=np.take_along_axis(cells, kept, axis=1),

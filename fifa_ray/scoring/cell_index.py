@@ -129,10 +129,14 @@ class SearchRule:
 
 @dataclass(frozen=True)
 class Sample:
-    """Sampled queries with what was found near by (reach, squared) and their true k nearest."""
+    """Sampled queries with what was found near by (reach, squared) and their true k nearest.
+
+    seeded: which of the true ones were already found near by.
+    """
 
     sketch_QP: Floats
     reach_Q: Floats
+    seeded_Qk: NDArray[np.bool_]
     true_squared_Qk: Floats
     true_sketch_QkP: Floats
     true_cells_Qk: NDArray[np.int32]
@@ -144,13 +148,14 @@ def tune(
     """The cheapest rule that finds `target_recall` of the sample's true neighbours.
 
     With `num_probes`, instead, the best rule that searches that many cells for the mean query. A
-    third of the permitted losses goes to the sketch, the rest to cells left out.
+    third of the permitted losses goes to the sketch, the rest to cells left out. What the seeds
+    found is kept whatever the rule.
     """
     reach = sample.reach_Q[:, None]
     # What is measured is decided by the distances found so far, which end at the true ones.
     gap = sample.true_sketch_QkP - sample.sketch_QP[:, None]
     true_reach = np.maximum(sample.true_squared_Qk[:, -1:], np.float32(1e-6))
-    ratio = np.einsum("qkp,qkp->qk", gap, gap) / true_reach
+    ratio = np.where(sample.seeded_Qk, 0, np.einsum("qkp,qkp->qk", gap, gap) / true_reach)
     shrinkage = min(1.0, _quantile(ratio, 1 - (1 - target_recall) / 3) + 1e-6)
     true_centers = index.centers_CP[sample.true_cells_Qk]
     true_product = np.einsum("qp,qkp->qk", sample.sketch_QP, true_centers)
@@ -160,12 +165,13 @@ def tune(
     def rule(cell_shrinkage: float) -> SearchRule:
         threshold = 1 - np.float32(cell_shrinkage) * reach / 2
         needed = np.where(ratio < shrinkage, (threshold - true_product) / true_spread, np.inf)
+        needed = np.where(sample.seeded_Qk, -np.inf, needed)
         of_cells = (threshold - product) / index.spread_C
         if num_probes is None:
             limit = _quantile(needed, target_recall)
         else:
             limit = _quantile(of_cells, min(1.0, num_probes / index.num_cells))
-        limit = min(limit, float(of_cells.max())) + 1e-6
+        limit = float(np.clip(limit, of_cells.min(), of_cells.max())) + 1e-6
         return SearchRule(
             shrinkage=shrinkage,
             cell_shrinkage=cell_shrinkage,
