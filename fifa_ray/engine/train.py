@@ -69,8 +69,11 @@ _WORK_SETTINGS = {
 }
 
 
-def run_train(run: RunDir, config: FifaConfig) -> Manifest:
+def run_train(run: RunDir, config: FifaConfig, *, in_process: bool = False) -> Manifest:
     """Train what `config.train` says, or the rest of it; at once if it is complete.
+
+    `in_process`: one worker in the calling process, for many small trainings: nothing to start, but
+    no checkpoints either, so that one that dies begins anew.
 
     Raises ConfigError where there is nothing to train on, the model cannot be trained, or the
     cluster has no room for the workers; RuntimeError when workers failed too often.
@@ -98,7 +101,9 @@ def run_train(run: RunDir, config: FifaConfig) -> Manifest:
     started = time.monotonic()
     use_gpu = _use_gpu(settings)
     check_optimizer(settings.optimizer, on_gpu=use_gpu)
-    scaling = _scaling(settings, use_gpu)
+    # Ray Train's local mode is what no workers at all mean to it.
+    alone = _train.ScalingConfig(num_workers=0)
+    scaling = alone if in_process else _scaling(settings, use_gpu)
     cache = run_latents(run, config, data, weights) if settings.cache_latents else None
     pairs, bad_images = _usable_pairs(run, data, cache)
     counts = write_trained_pairs(

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray.train
 import torch
 from engine.training_run import prepare_run, train_config, write_dataset
 from models.tiny_pipelines import save_tiny_sd
@@ -63,21 +62,13 @@ def folder(ray_session, model, tmp_path_factory) -> Path:
     return folder
 
 
-def in_this_process(patch: pytest.MonkeyPatch) -> None:
-    """One worker in Ray Train's local mode: no processes to start, but no checkpoints either."""
-    alone = ray.train.ScalingConfig(num_workers=0)
-    patch.setattr(train_stage, "_scaling", lambda settings, use_gpu: alone)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(folder, model) -> RunDir:
     """One worker, whole batches, cached latents: training/plain."""
     config = train_config(
         folder, model, name="plain", per_device_batch_size=4, num_workers=1, **EQUAL_SETTINGS
     )
-    with pytest.MonkeyPatch.context() as patch:
-        in_this_process(patch)
-        run_train(RunDir(config.run_dir), config)
+    run_train(RunDir(config.run_dir), config, in_process=True)
     return RunDir(config.run_dir)
 
 
@@ -249,10 +240,7 @@ def test_a_killed_driver_resumes_and_encoding_on_the_fly_is_the_same(undisturbed
     assert_same_course(undisturbed, "resumed")
 
 
-def test_adapters_on_the_whole_dataset_with_bad_images_stop_early(
-    ray_session, model, tmp_path, monkeypatch
-):
-    in_this_process(monkeypatch)
+def test_adapters_on_the_whole_dataset_with_bad_images_stop_early(ray_session, model, tmp_path):
     from diffusers import DiffusionPipeline
 
     # A learning rate of nearly nothing: no validation can be better than the first.
@@ -274,7 +262,7 @@ def test_adapters_on_the_whole_dataset_with_bad_images_stop_early(
     write_dataset(tmp_path / "data", 11, corrupt=(2, 7))
     run = RunDir(config.run_dir)
     run_ingest(run, config)
-    manifest = run_train(run, config)
+    manifest = run_train(run, config, in_process=True)
     assert manifest.details["stopped_early"]
     assert manifest.details["optimizer_steps"] == 3
     assert manifest.details["best_validation"]["optimizer_step"] == 1
