@@ -5,12 +5,16 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+import ray
 from drawn_scores import select_config, write_scores
 from scipy import stats
 
 from fifa_ray.config import ConfigError
+from fifa_ray.engine import part_reader
 from fifa_ray.engine.select import run_select, uniform_hash
+from fifa_ray.engine.terms import read_prompt_terms, read_terms
 from fifa_ray.run_dir import RunDir
 
 
@@ -92,6 +96,32 @@ def test_the_selection_does_not_depend_on_the_parts(ray_session, tmp_path, setti
         found.append(table)
         assert len(table) == 50
     pd.testing.assert_frame_equal(found[0], found[1], check_exact=True)
+
+
+def test_terms_are_the_same_in_blocks_of_any_size(ray_session, run, monkeypatch):
+    write_scores(run, parts=1)
+    config = select_config(run.uri)
+    of_prompt = ray.get(read_prompt_terms.remote(run, config))
+    (whole,) = read_terms(run, "part-000000.parquet", config, of_prompt)
+    monkeypatch.setattr(part_reader, "BATCH_ROWS", 300)
+    blocks = list(read_terms(run, "part-000000.parquet", config, of_prompt))
+    assert len(blocks) == 7
+    np.testing.assert_array_equal(whole.row, np.arange(2000))
+    assert np.isnan(whole.margins["pick"]).any()
+    for name in ("pair_id", "prompt_id", "row", "prompt_quality", "dropped"):
+        joined = np.concatenate([getattr(block, name) for block in blocks])
+        np.testing.assert_array_equal(joined, getattr(whole, name))
+    margins = np.concatenate([block.margins["pick"] for block in blocks])
+    np.testing.assert_array_equal(margins, whole.margins["pick"])
+
+
+def test_null_reads_as_nan_or_false(tmp_path):
+    table = pa.table({"score": pa.array([1, None], pa.float32()), "flag": [None, True]})
+    run = RunDir(str(tmp_path))
+    run.write_table(table, "scores", "part-000000.parquet")
+    found = part_reader.read_columns(run, "scores", columns={"score": np.float32, "flag": bool})
+    np.testing.assert_array_equal(found["score"], [1, np.nan])
+    np.testing.assert_array_equal(found["flag"], [False, True])
 
 
 @pytest.mark.parametrize("strategy", ["margin_only", "quality_only", "diversity_only"])
