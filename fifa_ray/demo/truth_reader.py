@@ -10,6 +10,7 @@ world's own utility in expectation:
 It exists to measure the demo, and nothing that filters or trains may ask it.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,9 +157,10 @@ def _total_weight(asked: Scene) -> float:
 class TruthReader:
     """The trained network, and the scenes that prompts ask for."""
 
-    def __init__(self, network: nn.Module, scenes: Mapping[str, Scene]) -> None:
+    def __init__(self, network: nn.Module, scenes: Mapping[str, Scene], version: str = "") -> None:
+        """`version`: of the weights; an evaluation scores again when it changes."""
         self.network = network.eval()
-        self.scenes = scenes
+        self.scenes, self.version = scenes, version
 
     @classmethod
     def load(
@@ -173,7 +175,9 @@ class TruthReader:
         network = build_reader()
         state = load_file(folder / WEIGHTS_FILE)
         network.load_state_dict({name: value.float() for name, value in state.items()})
-        return cls(network, scenes)
+        return cls(
+            network, scenes, hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+        )
 
     @torch.inference_mode()
     def read(self, images: Sequence[Image.Image]) -> list[Reading]:

@@ -157,7 +157,7 @@ world's usual errors and defects, and on the same as the pipeline's autoencoder 
 
 ## What it is not
 
-An estimate, not the truth. Sizes and counts of small objects are its weakest readings. A
+An estimate, not the truth. Shapes, above all of a second object, are its weakest readings. A
 reconstruction is held against the severities of the drawing it came from, so the autoencoder's own
 softness does not count as blur. A generated image may show what no drawing shows, half a boat and
 half a car: the reader then spreads its probabilities, or is wrong with confidence. Compare means

@@ -17,12 +17,10 @@ from fifa_ray.config import ConfigError, FifaConfig, Strategy
 from fifa_ray.engine import selection_tables
 from fifa_ray.engine.greedy import choose_greedily
 from fifa_ray.engine.select_passes import collect_statistics, rank_pairs
-from fifa_ray.engine.strategies import Population, population_of, uniform_hash
+from fifa_ray.engine.strategies import Population, population_of
 from fifa_ray.engine.terms import read_prompt_terms
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint
 from fifa_ray.scoring.moments import Moments
-
-__all__ = ["run_select", "uniform_hash"]
 
 logger = logging.getLogger(__name__)
 

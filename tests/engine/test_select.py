@@ -13,7 +13,8 @@ from scipy import stats
 
 from fifa_ray.config import ConfigError
 from fifa_ray.engine import part_reader
-from fifa_ray.engine.select import run_select, uniform_hash
+from fifa_ray.engine.select import run_select
+from fifa_ray.engine.strategies import uniform_hash
 from fifa_ray.engine.terms import read_prompt_terms, read_terms
 from fifa_ray.run_dir import RunDir
 
