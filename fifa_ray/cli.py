@@ -195,14 +195,28 @@ def doctor(config: str | None, overrides: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.option("--run-dir", default="runs/demo", show_default=True, help="Where to put the run.")
+@click.option("--run-dir", help="Where to put the run; default: runs/demo, or runs/study.")
+@click.option("--filter-only", is_flag=True, help="Stop before anything is trained.")
+@click.option(
+    "--study",
+    is_flag=True,
+    help="Compare ways to choose, shares of the data and seeds: an hour or two, resumable.",
+)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @_explained
-def demo(run_dir: str, overrides: tuple[str, ...]) -> None:
-    """Filter the embedded world of drawn scenes, and prove what it kept against the truth."""
+def demo(run_dir: str | None, filter_only: bool, study: bool, overrides: tuple[str, ...]) -> None:
+    """Filter the embedded world of drawn scenes, align a tiny model with what was kept, and hold
+    both against the world's truth."""
+    if study:
+        from fifa_ray.demo.study import run_study
+
+        results, table = run_study(run_dir or "runs/study", overrides)
+        click.echo(table)
+        click.echo(f"Results: {results}")
+        return
     from fifa_ray.demo.run import run_demo
 
-    run, lines = run_demo(run_dir, overrides)
+    run, lines = run_demo(run_dir or "runs/demo", overrides, train=not filter_only)
     for line in lines:
         click.echo(line)
     _say_where(run)

@@ -1,4 +1,4 @@
-"""`fifa demo`: make the world, filter it as any dataset, and hold what was kept to the truth."""
+"""`fifa demo`: make a world, filter it as any dataset, align a model, hold both to the truth."""
 
 import json
 import logging
@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from fifa_ray.config import FifaConfig, load_config
+from fifa_ray.demo.align import PIPELINE_WEIGHTS, align, alignment_figures, alignment_lines
 from fifa_ray.demo.packaged import JUDGE_ADAPTER, judge_folder, text_encoder_folder
 from fifa_ray.demo.proof import Proof, proof_lines, prove
 from fifa_ray.demo.world import generate_world
@@ -31,17 +32,26 @@ def run_demo(
     *,
     num_pairs: int = WORLD_PAIRS,
     num_prompts: int = WORLD_PROMPTS,
+    train: bool = True,
 ) -> tuple[RunDir, list[str]]:
-    """Filter the embedded world into `run_dir`; returns the run and what it proves, as lines.
+    """Filter the embedded world into `run_dir`, and with `train` align the tiny model with it.
 
-    The filter sees the dataset alone; the truth beside it is read when the filter has finished.
+    Returns the run and what it proves, as lines. Filter and training see the dataset alone; the
+    truth beside it is read when they have finished.
     """
     world = make_world(Path(run_dir) / "world", num_pairs, num_prompts)
-    run = run_filter(demo_config(run_dir, world, overrides), write_page=False)
+    config = demo_config(run_dir, world, overrides)
+    run = run_filter(config, write_page=False)
     proof = prove_run(run, world)
-    run.write_text(json.dumps(proof_for_report(proof), indent=2), "proof.json")
+    lines, figures = proof_lines(proof), proof_for_report(proof)
+    run.write_text(json.dumps(figures, indent=2), "proof.json")
+    if train:
+        trainings, results = align(run, config)
+        lines += ["", *alignment_lines(trainings, results, config.train.global_batch_size)]
+        figures = alignment_figures(trainings, results) | figures
+        run.write_text(json.dumps(figures, indent=2), "proof.json")
     write_report(run)
-    return run, proof_lines(proof)
+    return run, lines
 
 
 def make_world(folder: Path, num_pairs: int, num_prompts: int) -> Path:
@@ -66,6 +76,7 @@ def demo_config(run_dir: str, world: Path, overrides: Sequence[str] = ()) -> Fif
         "judge.model": judge_folder(),
         "judge.options.adapter": JUDGE_ADAPTER,
         "embed.model": text_encoder_folder(),
+        "train.model": PIPELINE_WEIGHTS,
     }
     filled = [f"{key}={json.dumps(str(value))}" for key, value in paths.items()]
     return load_config("demo", [*filled, *overrides])
