@@ -129,7 +129,7 @@ def alignment_figures(
     """The headline figures of the report: label -> value, interval and a note."""
     kept, *others = trainings
     pairs = [(kept.name, BASE, "the base")]
-    pairs += [(kept.name, other.name, f"trained on {other.title}") for other in others]
+    pairs += [(kept.name, other.name, f"one trained on {other.title}") for other in others]
     figures = {}
     for model, baseline, title in pairs:
         found = comparison(results, model, baseline)
@@ -138,7 +138,7 @@ def alignment_figures(
             "low": found["win_rate_low"],
             "high": found["win_rate_high"],
             "unit": "share",
-            "note": f"{found['num_prompts']:,} new prompts, by the world's truth, 95% interval",
+            "note": f"{found['num_prompts']:,} new prompts; truth read from drawings, 95% interval",
         }
     return figures
 
