@@ -55,7 +55,7 @@ class Design:
     shares: tuple[float, ...] = (0.005, 0.01, 0.05, 0.10)
     methods: tuple[str, ...] = METHODS
     num_seeds: int = 3
-    optimizer_steps: int = 75
+    optimizer_steps: int = 50
     batch_size: int = 32
     ladder: tuple[float, ...] = (0.125, 0.25, 0.5)
 
