@@ -25,7 +25,8 @@ import ray
 from fifa_ray import schema
 from fifa_ray.config import FifaConfig, FittedOptions, RewardConfig
 from fifa_ray.engine.map_stage import MapStage, first_by_key, part_and_answers
-from fifa_ray.engine.rewards import AssembleRewards, reward_stage, run_reward_stage
+from fifa_ray.engine.rewards import reward_stage, run_reward_stage
+from fifa_ray.engine.score_pairs import AssembleRewards
 from fifa_ray.models.image_encoder import build_encoder_transform
 from fifa_ray.models.reward_fitted import (
     CONFIG_FILE,
