@@ -180,11 +180,14 @@ def _true_neighbors(
     squared = np.where(places == rows[:, None], np.inf, squared)
     kept = np.argsort(squared, axis=1, kind="stable")[:, : plan.config.num_neighbors]
     true_rows = np.take_along_axis(places, kept, axis=1)
+    # A query among its copies looked no further than its seeds, which are as near as any.
+    settled = (reach <= np.float32(SETTLED_DISTANCE) ** 2)[:, None]
+    true_squared = np.take_along_axis(squared, kept, axis=1)
     return Sample(
         sketch_QP=index.sketch(vectors),
         reach_Q=reach,
-        seeded_Qk=(true_rows[:, :, None] == seeded[:, None, :]).any(axis=2),
-        true_squared_Qk=np.take_along_axis(squared, kept, axis=1),
+        seeded_Qk=settled | (true_rows[:, :, None] == seeded[:, None, :]).any(axis=2),
+        true_squared_Qk=np.where(settled, reach[:, None], true_squared),
         true_sketch_QkP=np.take_along_axis(sketches, kept[:, :, None], axis=1),
         true_cells_Qk=np.take_along_axis(cells, kept, axis=1),
     )

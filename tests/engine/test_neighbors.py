@@ -124,6 +124,7 @@ def test_a_crowd_of_copies_stays_finite_and_right(ray_session, tmp_path, method)
     assert np.isfinite(log_distance).all()
     np.testing.assert_allclose(log_distance[0], np.log(1e-3), rtol=1e-6)
     assert np.isfinite(manifest.details["knn_entropy"])
+    assert manifest.details.get("relative_error_p95", 0.0) < 0.1
 
 
 def neighbors_column(folder, name: str) -> np.ndarray:
