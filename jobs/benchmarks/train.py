@@ -133,7 +133,7 @@ def _engine(
     seconds = sum(size / line["pairs_per_second"] for line in timed)
     cached = None
     if config.train.cache_latents:
-        stage = next(m for name, m in run.manifests().items() if name.endswith("/images"))
+        stage = next(m for name, m in run.manifests().items() if name.startswith("latents/"))
         cached = stage.rows_out / stage.seconds
     return (
         len(timed) * size / seconds,
