@@ -16,7 +16,8 @@ from fifa_ray.config import FifaConfig
 from fifa_ray.demo.known_drawings import prompts_of
 from fifa_ray.demo.scenes import Scene
 from fifa_ray.demo.truth_reader import TruthReader
-from fifa_ray.evaluation import evaluate
+from fifa_ray.engine.evaluate_models import BASE
+from fifa_ray.evaluation import evaluate, read_results
 from fifa_ray.run_dir import RunDir
 from fifa_ray.schema import normalize_prompt
 from fifa_ray.training import train
@@ -25,7 +26,6 @@ PIPELINE_WEIGHTS = Path(__file__).parent / "weights" / "pipeline"
 # Even, so that the pipeline has seen no prompt of it; another than the world's and the reader's.
 EVALUATION_SEED = 4
 TRUTH = "truth"
-BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def align(run: RunDir, config: FifaConfig) -> tuple[list[Training], dict[str, An
         extra_scorers={TRUTH: TruthReader.load(scenes)},
         write_page=False,
     )
-    return trainings, json.loads(run.read_text("evaluation", "results.json"))
+    return trainings, read_results(run)
 
 
 def config_of(config: FifaConfig, training: Training) -> FifaConfig:

@@ -22,7 +22,7 @@ import ray
 from fifa_ray.config import FifaConfig, Strategy
 from fifa_ray.demo.align import TRUTH, write_evaluation_prompts
 from fifa_ray.demo.run import demo_config, make_world
-from fifa_ray.demo.study_design import Cell, Design, Trained
+from fifa_ray.demo.study_design import Cell, Design, Trained, model_name
 from fifa_ray.demo.study_results import study_results, study_table
 from fifa_ray.demo.truth_reader import TruthReader
 from fifa_ray.engine.cluster import connect
@@ -38,7 +38,7 @@ from fifa_ray.engine.train import run_train
 from fifa_ray.engine.train_model import describe_model
 from fifa_ray.engine.training_data import prepare_training_data
 from fifa_ray.pipeline import run_filter
-from fifa_ray.run_dir import RunDir
+from fifa_ray.run_dir import RunDir, manifest_name
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,9 @@ def run_study(
     assert pairs is not None
     cells = design.cells(pairs.rows_out)
     jobs = [(cell, trained) for cell in cells for trained in design.trainings(cell)]
+    weights = describe_model(config.train)
     for cell in cells:
-        prepare_cell(root, run, config, cell)
+        prepare_cell(root, run, config, cell, weights)
     train_all(root, config, jobs)
     scores = draw_and_score(root, run, config, jobs)
     results = study_results(design, cells, root, world, scores, pairs.rows_out)
@@ -105,7 +106,9 @@ def training_config(root: Path, config: FifaConfig, cell: Cell, trained: Trained
     return found.model_copy(update={"train": config.train.model_copy(update=settings)})
 
 
-def prepare_cell(root: Path, filtered: RunDir, config: FifaConfig, cell: Cell) -> None:
+def prepare_cell(
+    root: Path, filtered: RunDir, config: FifaConfig, cell: Cell, weights: dict[str, Any]
+) -> None:
     """A cell's run with its selection and the latents of its pairs."""
     run = RunDir(str(root / cell.name))
     borrow_tables(filtered, run)
@@ -114,7 +117,7 @@ def prepare_cell(root: Path, filtered: RunDir, config: FifaConfig, cell: Cell) -
         run_select(run, own)
     learned = training_config(root, config, cell, Trained("", 0, 1))
     data = prepare_training_data(run, learned)
-    run_latents(run, learned, data, describe_model(learned.train))
+    run_latents(run, learned, data, weights)
 
 
 def borrow_tables(filtered: RunDir, run: RunDir) -> None:
@@ -123,7 +126,7 @@ def borrow_tables(filtered: RunDir, run: RunDir) -> None:
         link(Path(filtered.path(table)), Path(run.path(table)))
     for stage in filtered.manifests():
         if stage.partition("/")[0] in SHARED_TABLES:
-            name = stage.replace("/", ".") + ".json"
+            name = manifest_name(stage)
             link(Path(filtered.path("manifests", name)), Path(run.path("manifests", name)))
 
 
@@ -185,8 +188,3 @@ def draw_and_score(
     (scorer,) = resolve_scorers(run, config, {TRUTH: TruthReader.load(scenes)})
     run_scorer(run, config, models, scorer)
     return {model.name: run.read_table(rewards_stage(model, scorer)) for model in models}
-
-
-def model_name(cell: Cell, trained: Trained) -> str:
-    """Name of a training's model among all of the study."""
-    return f"{cell.name}-{trained.name}"

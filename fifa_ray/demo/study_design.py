@@ -42,6 +42,11 @@ class Trained:
     optimizer_steps: int
 
 
+def model_name(cell: Cell, trained: Trained) -> str:
+    """Name of a training's model among all of the study."""
+    return f"{cell.name}-{trained.name}"
+
+
 @dataclass(frozen=True)
 class Design:
     """The whole plan. Shares are of the labelled pairs; batch and rates are the demo preset's.

@@ -8,11 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fifa_ray.demo.study_design import TITLES, Cell, Design
+from fifa_ray.demo.study_design import TITLES, Cell, Design, Trained, model_name
+from fifa_ray.engine.evaluate_models import BASE
 from fifa_ray.run_dir import RunDir
-from fifa_ray.scoring.win_rate import compare
-
-BASE = "base"
+from fifa_ray.scoring.win_rate import compare, win_rate
 
 
 def study_results(
@@ -35,14 +34,14 @@ def study_results(
             strict=True,
         )
     )
-    groups: dict[tuple[str, float, int], list[tuple[Cell, int]]] = {}
+    groups: dict[tuple[str, float, int], list[tuple[Cell, Trained]]] = {}
     for cell in cells:
         for trained in design.trainings(cell):
             key = (cell.method, cell.share, trained.optimizer_steps)
-            groups.setdefault(key, []).append((cell, trained.seed))
+            groups.setdefault(key, []).append((cell, trained))
     rows: list[dict[str, Any]] = []
     for (method, share, steps), members in groups.items():
-        tables = [scores[f"{cell.name}-s{seed}-{steps}"] for cell, seed in members]
+        tables = [scores[model_name(cell, trained)] for cell, trained in members]
         row: dict[str, Any] = {
             "method": method,
             "share": share,
@@ -78,23 +77,15 @@ def study_results(
 def against(tables: Sequence[pa.Table], base: pa.Table) -> dict[str, Any]:
     """Win rate over the base of all seeds together, interval by prompts, and each seed's own."""
     ours = np.concatenate([table.column("reward").to_numpy() for table in tables])
-    theirs = np.tile(base.column("reward").to_numpy(), len(tables))
+    theirs = base.column("reward").to_numpy()
     prompt = np.tile(base.column("prompt_id").to_numpy(), len(tables))
     assert all(table.column("image_id").equals(base.column("image_id")) for table in tables)
-    found = compare(ours, theirs, prompt)
-    of_seeds = [
-        float(
-            compare(
-                part, base.column("reward").to_numpy(), base.column("prompt_id").to_numpy()
-            ).win_rate
-        )
-        for part in np.split(ours, len(tables))
-    ]
+    found = compare(ours, np.tile(theirs, len(tables)), prompt)
     return {
         "win_rate": found.win_rate,
         "win_rate_low": found.win_rate_low,
         "win_rate_high": found.win_rate_high,
-        "win_rate_of_seeds": of_seeds,
+        "win_rate_of_seeds": [win_rate(part, theirs) for part in np.split(ours, len(tables))],
         "mean_score": float(ours.mean()),
         "mean_difference": found.mean_difference,
         "mean_difference_low": found.mean_difference_low,
