@@ -4,6 +4,7 @@ A configuration is a YAML file (or the name of a packaged preset) plus dotted ov
 `select.selection_size=1000` or `rewards.0.batch_size=64`. Unknown keys are errors.
 """
 
+from fifa_ray.config.cost import CostConfig, NodeGroup, PricesConfig
 from fifa_ray.config.dataset import ImagesConfig, IngestConfig
 from fifa_ray.config.evaluation import EvaluateConfig
 from fifa_ray.config.loading import (
@@ -13,6 +14,7 @@ from fifa_ray.config.loading import (
     load_config,
     preset_names,
 )
+from fifa_ray.config.prices import read_prices
 from fifa_ray.config.scorers import (
     EmbedConfig,
     FittedOptions,
@@ -33,6 +35,7 @@ from fifa_ray.config.training import LoraConfig, LossConfig, OptimizerConfig, Tr
 __all__ = [
     "ActorsConfig",
     "ConfigError",
+    "CostConfig",
     "EmbedConfig",
     "EvaluateConfig",
     "FifaConfig",
@@ -43,7 +46,9 @@ __all__ = [
     "LoraConfig",
     "LossConfig",
     "NeighborsConfig",
+    "NodeGroup",
     "OptimizerConfig",
+    "PricesConfig",
     "RayConfig",
     "ReportConfig",
     "RewardConfig",
@@ -54,4 +59,5 @@ __all__ = [
     "dump_config",
     "load_config",
     "preset_names",
+    "read_prices",
 ]

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -41,7 +41,7 @@ def load_config(
     try:
         return FifaConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain_errors(error)) from None
 
 
 def dump_config(config: BaseModel) -> str:
@@ -57,7 +57,7 @@ def describe_fields(
         inner = _section_of(info.annotation)
         place = f"{prefix}{name}"
         if inner is not None:
-            many = inner is not info.annotation
+            many = get_origin(info.annotation) is tuple
             yield from describe_fields(inner, f"{place}.{'N.' if many else ''}")
             continue
         default = (
@@ -136,7 +136,8 @@ def _list_index(here: list[Any], step: str, override: str) -> int:
     return int(step)
 
 
-def _explain(error: ValidationError) -> str:
+def explain_errors(error: ValidationError, section: type[Section] = FifaConfig) -> str:
+    """A line for every bad key or value of a section, each with its dotted place."""
     lines = []
     problems = error.errors()
     for problem in problems:
@@ -148,8 +149,8 @@ def _explain(error: ValidationError) -> str:
             continue  # pydantic counts only good items; the bad ones are named on their own
         place = ".".join(str(step) for step in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            section = _section_at(problem["loc"][:-1])
-            known = list(section.model_fields) if section else []
+            found = _section_at(problem["loc"][:-1], section)
+            known = list(found.model_fields) if found else []
             hint = suggest(str(problem["loc"][-1]), known, place.rpartition(".")[0])
             if not hint and known:
                 hint = f"; known here: {', '.join(known)}"
@@ -163,8 +164,8 @@ def _explain(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _section_at(location: Sequence[int | str]) -> type[Section] | None:
-    section: type[Section] | None = FifaConfig
+def _section_at(location: Sequence[int | str], root: type[Section]) -> type[Section] | None:
+    section: type[Section] | None = root
     for step in location:
         if isinstance(step, int) or section is None:
             continue

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from fifa_ray.config.cost import CostConfig
 from fifa_ray.config.dataset import ImagesConfig, IngestConfig
 from fifa_ray.config.evaluation import EvaluateConfig
 from fifa_ray.config.scorers import EmbedConfig, JudgeConfig, NeighborsConfig, RewardConfig
@@ -104,6 +105,7 @@ class FifaConfig(Section):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
+    cost: CostConfig = Field(default_factory=CostConfig)
 
     @model_validator(mode="after")
     def _judge_or_no_quality(self) -> "FifaConfig":

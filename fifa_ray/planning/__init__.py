@@ -1,0 +1,1 @@
+"""What a run will take, from rates and a cluster's shape: pure functions, no Ray, no files."""
