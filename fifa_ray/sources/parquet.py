@@ -104,7 +104,13 @@ class ParquetSource:
             columns = self.layout.read_columns(file.schema_arrow.names, where)
             starts = _group_starts(file)
             groups = list(range(chunk.start, chunk.stop or file.num_row_groups))
-            table = file.read_row_groups(groups, columns=columns)
+            try:
+                table = file.read_row_groups(groups, columns=columns)
+            except (OSError, pa.ArrowException) as error:
+                raise ValueError(
+                    f"{where} is damaged, or its store failed: {error}; replace the file or take "
+                    "it out, then run the same command again"
+                ) from None
         assert chunk.row_stop is not None
         offset = chunk.row_start - int(starts[chunk.start])
         table = table.slice(offset, chunk.row_stop - chunk.row_start)
@@ -137,8 +143,8 @@ class ParquetSource:
             for answer in self._stored_images(file, group, rows, refs, wanted):
                 yield answer
                 answered += 1
-        except (OSError, pa.ArrowException, IndexError):
-            # The file is gone, cut short or damaged from here on.
+        except (OSError, ValueError, pa.ArrowException, IndexError):
+            # The file is gone, cut short (a ValueError) or damaged from here on.
             for i in wanted[answered:]:
                 yield int(i), None, "unreadable_source"
 

@@ -189,3 +189,32 @@ def test_a_missing_column_and_a_broken_file_are_named(
     (tmp_path / "train.parquet").write_bytes(b"PAR1 but no more")
     with pytest.raises(ValueError, match=r"train.parquet is not a readable parquet file"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("left", [0, 100, -1000])
+def test_a_file_that_was_cut_short_answers_every_request(
+    tmp_path: Path, table: Any, opened: Any, answers: Any, left: int
+) -> None:
+    path = tmp_path / "train.parquet"
+    pq.write_table(table(LABELS), path)
+    source = opened(tmp_path)
+    path.write_bytes(path.read_bytes()[:left])
+    assert answers(source, "train.parquet", 0, [(0, "jpg_0")]) == {0: (None, "unreadable_source")}
+
+
+def test_damaged_metadata_stops_with_the_name_of_the_file(
+    tmp_path: Path, table: Any, opened: Any
+) -> None:
+    path = tmp_path / "train.parquet"
+    pq.write_table(table(LABELS), path)
+    source = opened(tmp_path)
+    meta = pq.read_metadata(path).row_group(0)
+    data = bytearray(path.read_bytes())
+    for i in range(meta.num_columns):
+        column = meta.column(i)
+        if not column.path_in_schema.startswith("jpg_"):
+            start = column.dictionary_page_offset or column.data_page_offset
+            data[start : start + 8] = b"\xff" * 8
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{path} is damaged, or its store failed"):
+        source.read_metadata(source.chunks()[0])
