@@ -6,6 +6,7 @@ inputs the table came, so that running again skips what is done and redoes what 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 VERSIONED_PACKAGES = ("fifa-ray", "ray", "torch", "transformers", "pyarrow", "numpy", "faiss-cpu")
 
 
@@ -99,24 +101,33 @@ class RunDir:
 
     @contextlib.contextmanager
     def open_atomic(self, *parts: str) -> Iterator[pa.NativeFile]:
-        """Stream to a file that appears whole when the block ends, and not at all if it raises."""
+        """Stream to a file that appears whole when the block ends, and not at all if it raises.
+
+        Raises OSError naming the file, and what to do, where the disk is full.
+        """
         path = self.path(*parts)
         if not isinstance(self.filesystem, pafs.LocalFileSystem):
             # An object store shows an object only when its upload is complete.
             with self.filesystem.open_output_stream(path) as stream:
                 yield stream
             return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         # The leading dot keeps readers of the folder from taking an unfinished file for a part.
         folder, name = os.path.split(path)
         temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
+            os.makedirs(folder, exist_ok=True)
             with self.filesystem.open_output_stream(temporary) as stream:
                 yield stream
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(temporary)
+            if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+                raise OSError(
+                    error.errno,
+                    f"no space left to write {path}; free some there, then run the same command "
+                    "again: it goes on with what is missing",
+                ) from error
             raise
 
     def write_table(self, table: pa.Table, *parts: str, row_group_size: int | None = None) -> None:

@@ -1,5 +1,6 @@
 """The run directory: atomic parts, manifests written last, the same on any filesystem."""
 
+import errno
 import os
 import pickle
 
@@ -42,6 +43,20 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     with pytest.raises(KeyError):
         die_half_way()
     assert run.list("pairs") == []
+    assert os.listdir(run.path("pairs")) == []
+
+
+def test_a_full_disk_is_named_with_what_to_do(tmp_path):
+    run = RunDir(str(tmp_path / "run"))
+
+    def fill_the_disk() -> None:
+        with run.open_atomic("pairs", part_name(0)) as stream:
+            stream.write(b"half")
+            raise OSError(errno.ENOSPC, "Error writing bytes to file")
+
+    with pytest.raises(OSError, match=r"run/pairs/part-000000.parquet; free some there") as caught:
+        fill_the_disk()
+    assert caught.value.errno == errno.ENOSPC
     assert os.listdir(run.path("pairs")) == []
 
 
