@@ -106,6 +106,12 @@ class JudgeConfig(Section):
     )
     max_retries: int = Field(3, ge=0, description="Further tries after an unusable answer.")
     timeout_seconds: float = Field(60.0, gt=0, description="Time limit of one answer.")
+    max_outage_seconds: float = Field(
+        600.0,
+        ge=0,
+        description="How long prompts wait for an endpoint that answers nothing at all; then the "
+        "run stops, and the same command goes on.",
+    )
     max_prompt_chars: int = Field(
         2000, ge=16, description="The judge reads at most this many characters of a prompt."
     )

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 STAGE = "quality"
 # How an answer is computed, not what it says: changing these reuses the cache.
 OPERATIONAL = (
-    "actors", "api_key_env", "batch_size", "cache_dir", "enabled", "max_concurrency", "max_retries",
-    "requests_per_minute", "timeout_seconds",
+    "actors", "api_key_env", "batch_size", "cache_dir", "enabled", "max_concurrency",
+    "max_outage_seconds", "max_retries", "requests_per_minute", "timeout_seconds",
 )  # fmt: skip
 SMALL_ENOUGH_TO_READ = 32_000_000
 

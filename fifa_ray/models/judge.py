@@ -90,6 +90,7 @@ def build_judge(config: JudgeConfig, device: str = "cpu", api_key: str | None = 
             requests_per_minute=config.requests_per_minute,
             max_retries=config.max_retries,
             timeout_seconds=config.timeout_seconds,
+            max_outage_seconds=config.max_outage_seconds,
             **config.options,
         )
     raise ValueError(f"engine {config.engine!r} runs as a Ray Data processor, see engine/judge.py")

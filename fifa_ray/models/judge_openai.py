@@ -2,11 +2,15 @@
 
 A probe on first use finds out what the server can do (structured output and token probabilities,
 structured output alone, neither); what it lacks is logged once and stands in `info()`. After that
-no answer of the server, however bad, raises: it is retried, then recorded with its reason.
+no answer of the server, however bad, raises: it is retried, then recorded with its reason. Where
+the probe's prompt is not answered either, it is the server that fails: prompts wait until it is
+back, at most `max_outage_seconds`.
 """
 
 import asyncio
+import itertools
 import logging
+import math
 import os
 import re
 import threading
@@ -29,6 +33,11 @@ TOP_LOGPROBS = 20
 LONGEST_WAIT_SECONDS = 60.0
 LONGEST_KEPT_REPLY = 500
 PROBE_PROMPT = "a wooden rowing boat on a calm lake, early morning"
+
+# Failures that may be the server's, not the prompt's.
+OUTAGE_REASONS = frozenset(
+    {"connection_error", "timeout", "server_error", "rate_limited", "bad_response"}
+)
 
 _STRUCTURED = {
     "response_format": {
@@ -74,13 +83,17 @@ class OpenAIJudge:
         requests_per_minute: float | None = None,
         max_retries: int = 3,
         timeout_seconds: float = 60.0,
+        max_outage_seconds: float = 600.0,
         max_prompt_chars: int = 2000,
         harmful_threshold: float = 0.5,
         max_tokens: int = 64,
         first_wait_seconds: float = 0.5,
         extra_body: dict[str, Any] | None = None,
     ) -> None:
-        """`max_tokens`: length of an answer; `first_wait_seconds`: back-off before a second try."""
+        """`max_tokens`: length of an answer; `first_wait_seconds`: back-off before a second try.
+
+        `max_outage_seconds`: how long prompts wait for a server that answers nothing at all.
+        """
         self._model, self._endpoint = model, endpoint
         self._api_key_env = api_key_env
         self._timeout_seconds = timeout_seconds
@@ -99,6 +112,8 @@ class OpenAIJudge:
             timeout=timeout_seconds,
             max_retries=0,
         )
+        self._max_outage_seconds = max_outage_seconds
+        self._outage, self._back_since = asyncio.Lock(), -math.inf
         self._slots = asyncio.Semaphore(max_concurrency)
         self._seconds_between = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._next_request = 0.0
@@ -119,8 +134,8 @@ class OpenAIJudge:
     def judge(self, prompts: Sequence[str]) -> list[JudgeReply]:
         """One reply per prompt.
 
-        Raises RuntimeError where the endpoint cannot be used at all: no connection, an unknown
-        model, a refused key.
+        Raises RuntimeError where the endpoint cannot be used at all (no connection, an unknown
+        model, a refused key), and where it stops answering for `max_outage_seconds`.
         """
         if not prompts:
             return []
@@ -138,12 +153,7 @@ class OpenAIJudge:
             except UnusableAnswer as problem:
                 if problem.reason == "bad_request":
                     continue
-                if problem.reason in (
-                    "connection_error",
-                    "timeout",
-                    "server_error",
-                    "bad_response",
-                ):
+                if problem.reason in OUTAGE_REASONS - {"rate_limited"}:
                     raise RuntimeError(
                         f"the judge's endpoint {_without_credentials(self._endpoint)} gave no "
                         f"usable answer in {self._max_retries + 1} tries ({problem.reason}); check "
@@ -164,11 +174,65 @@ class OpenAIJudge:
 
     async def _judge_one(self, prompt: str) -> JudgeReply:
         assert self._ability is not None
-        try:
-            return await self._ask(prompt, self._ability)
-        except UnusableAnswer as problem:
-            self._counts[problem.reason] += 1
-            return JudgeReply(quality_error=problem.reason, judge_reply=problem.reply)
+        failed: UnusableAnswer
+        while True:
+            try:
+                return await self._ask(prompt, self._ability)
+            except UnusableAnswer as problem:
+                failed = problem
+            if failed.reason not in OUTAGE_REASONS:
+                break
+            if await self._was_down(failed.reason):
+                continue
+            try:  # The server answers now, but the tries may have met the end of an outage.
+                return await self._try(prompt, self._ability, attempt=2)
+            except UnusableAnswer as problem:
+                failed = problem
+                break
+        self._counts[failed.reason] += 1
+        return JudgeReply(quality_error=failed.reason, judge_reply=failed.reply)
+
+    async def _was_down(self, reason: str) -> bool:
+        """Whether the server itself failed just now: it does not answer the probe's prompt either.
+
+        Returns when it answers again. Raises RuntimeError if it does not for `max_outage_seconds`.
+        """
+        assert self._ability is not None
+        failed_at = time.monotonic()
+        async with self._outage:
+            if failed_at < self._back_since:
+                return True  # another prompt has waited for it meanwhile
+            wait = self._first_wait_seconds
+            for attempt in itertools.count():
+                try:
+                    await self._try(PROBE_PROMPT, self._ability, attempt=1)
+                except UnusableAnswer as problem:
+                    if problem.reason in OUTAGE_REASONS:
+                        await self._wait_out(failed_at, wait, problem)
+                        wait *= 2
+                        continue
+                if attempt:
+                    self._back_since = time.monotonic()
+                    logger.warning(
+                        "the judge's endpoint answers again after %.0f s (%s)",
+                        self._back_since - failed_at,
+                        reason,
+                    )
+                return attempt > 0
+        raise AssertionError("unreachable")
+
+    async def _wait_out(self, failed_at: float, wait: float, problem: UnusableAnswer) -> None:
+        """Sleep before the next probe; RuntimeError where the outage has lasted long enough."""
+        lasted = time.monotonic() - failed_at
+        if lasted >= self._max_outage_seconds:
+            raise RuntimeError(
+                f"the judge's endpoint {_without_credentials(self._endpoint)} stopped answering: "
+                f"{problem.reason} for {lasted:.0f} s (judge.max_outage_seconds); see to the "
+                "server, then run the same command again: answers so far are kept"
+            )
+        wait = max(wait, problem.wait or 0.0)
+        left = self._max_outage_seconds - lasted
+        await asyncio.sleep(min(wait, LONGEST_WAIT_SECONDS, left))
 
     async def _ask(self, prompt: str, level: int) -> JudgeReply:
         """The answer, after retries with exponential back-off and jitter."""

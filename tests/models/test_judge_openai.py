@@ -8,7 +8,7 @@ import pytest
 
 from fifa_ray.config import JudgeConfig
 from fifa_ray.models.judge import build_judge
-from fifa_ray.models.judge_openai import PROBE_PROMPT, OpenAIJudge
+from fifa_ray.models.judge_openai import OUTAGE_REASONS, PROBE_PROMPT, OpenAIJudge
 from tests.models.endpoint import GOOD, Endpoint, Reply
 from tests.scoring.hostile_prompts import HOSTILE
 
@@ -126,7 +126,8 @@ def test_a_bad_answer_is_retried_then_recorded_and_costs_the_others_nothing(repl
     assert bad.harmful is None
     assert good.quality_error is None
     assert also_good.prompt_quality == pytest.approx(80 / 9)
-    assert endpoint.asked['"bad"'] == 3
+    # Where the server may have been down, once more after the probe has shown that it is not.
+    assert endpoint.asked['"bad"'] == 3 + (reason in OUTAGE_REASONS)
     assert judge.info()["counts"][reason] == 1
 
 
@@ -208,6 +209,45 @@ def test_an_unusable_endpoint_stops_the_stage_and_says_what_to_do():
         pytest.raises(RuntimeError, match="even a plain request"),
     ):
         judge_for(endpoint).judge(["a"])
+
+
+@pytest.mark.parametrize(
+    "outage",
+    [
+        Reply(status=500),
+        Reply(status=429),
+        Reply(raw=b"<html>maintenance</html>"),
+        Reply(delay=2.0),
+    ],
+    ids=["500", "429", "garbage", "hang"],
+)
+def test_prompts_wait_for_an_endpoint_that_is_down_and_are_judged_when_it_is_back(outage):
+    seen = 0
+
+    def down_for_a_while(prompt: str, attempt: int) -> Reply:
+        nonlocal seen
+        seen += 1
+        # The probe at the start and three answers, then nothing for any prompt.
+        return outage if 4 < seen <= 20 else Reply()
+
+    with Endpoint(down_for_a_while) as endpoint:
+        judge = judge_for(endpoint, max_retries=1, timeout_seconds=0.5, max_concurrency=8)
+        replies = judge.judge([f"prompt {i}" for i in range(12)])
+    assert [reply.quality_error for reply in replies] == [None] * 12
+    assert seen > 20
+
+
+def test_an_endpoint_that_stays_down_stops_the_run():
+    with Endpoint(lambda prompt, _: Reply(status=200 if "rowing" in prompt else 503)) as endpoint:
+        # The probe is answered, so each prompt is to blame for its failure.
+        replies = judge_for(endpoint, max_outage_seconds=0.2).judge(["a", "b"])
+    assert {reply.quality_error for reply in replies} == {"server_error"}
+    with Endpoint(lambda *_: Reply()) as endpoint:
+        judge = judge_for(endpoint, max_outage_seconds=0.5, max_retries=1)
+        assert judge.judge(["a"])[0].quality_error is None
+    # Its socket is closed now: connections are refused.
+    with pytest.raises(RuntimeError, match=r"connection_error for \d+ s .* the same command again"):
+        judge.judge(["b", "c"])
 
 
 def test_requests_in_flight_and_per_minute_are_limited():
