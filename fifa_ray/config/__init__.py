@@ -31,11 +31,15 @@ from fifa_ray.config.settings import (
     Strategy,
 )
 from fifa_ray.config.training import LoraConfig, LossConfig, OptimizerConfig, TrainConfig
+from fifa_ray.config.tuning import AshaConfig, BudgetConfig, DimensionConfig, TuneConfig
 
 __all__ = [
     "ActorsConfig",
+    "AshaConfig",
+    "BudgetConfig",
     "ConfigError",
     "CostConfig",
+    "DimensionConfig",
     "EmbedConfig",
     "EvaluateConfig",
     "FifaConfig",
@@ -55,6 +59,7 @@ __all__ = [
     "SelectConfig",
     "Strategy",
     "TrainConfig",
+    "TuneConfig",
     "describe_fields",
     "dump_config",
     "load_config",

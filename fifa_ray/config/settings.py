@@ -10,6 +10,7 @@ from fifa_ray.config.evaluation import EvaluateConfig
 from fifa_ray.config.scorers import EmbedConfig, JudgeConfig, NeighborsConfig, RewardConfig
 from fifa_ray.config.sections import Section
 from fifa_ray.config.training import TrainConfig
+from fifa_ray.config.tuning import TuneConfig
 
 Strategy = Literal["fifa", "random", "margin_only", "quality_only", "diversity_only"]
 
@@ -103,6 +104,7 @@ class FifaConfig(Section):
     select: SelectConfig = Field(default_factory=SelectConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    tune: TuneConfig = Field(default_factory=TuneConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
     cost: CostConfig = Field(default_factory=CostConfig)
