@@ -10,6 +10,7 @@ No Ray here: a source is a small picklable object that workers use.
 """
 
 from fifa_ray.sources.detect import open_source
+from fifa_ray.sources.sample import SampledSource, count_rows
 from fifa_ray.sources.source import IMAGES, METADATA, REQUESTS, Source, SourceChunk
 from fifa_ray.sources.staging import stage_table
 
@@ -17,8 +18,10 @@ __all__ = [
     "IMAGES",
     "METADATA",
     "REQUESTS",
+    "SampledSource",
     "Source",
     "SourceChunk",
+    "count_rows",
     "open_source",
     "stage_table",
 ]
