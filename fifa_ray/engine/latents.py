@@ -29,6 +29,7 @@ from fifa_ray.engine.map_stage import (
     partial_folder,
     quarantine_rows,
     run_map_stage,
+    settled,
 )
 from fifa_ray.engine.train_model import load_model, model_settings, pixel_tensor
 from fifa_ray.engine.training_data import TrainingData
@@ -81,6 +82,7 @@ def run_latents(
         assemble=AssembleLatents(name),
         rows_per_item=ITEMS_PER_READ,
         boundary="source_group",
+        answered_keys=settled_items,
         row_group_size=1,
     )
     pool: dict[str, Any] = {}
@@ -113,6 +115,11 @@ def encoder_digests(weights: dict[str, Any]) -> dict[str, str]:
     others = ("unet/", "transformer/", "scheduler/", "safety_checker/", "model_index.json")
     digests: dict[str, str] = weights["sha256"]
     return {name: digest for name, digest in digests.items() if not name.startswith(others)}
+
+
+def settled_items(answers: pa.Table) -> np.ndarray:
+    """int64 item_ids that need no other try."""
+    return np.asarray(settled(answers).column("item_id").to_numpy())
 
 
 class EncodeItems:

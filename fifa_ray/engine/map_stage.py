@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from pyarrow import parquet as pq
@@ -25,6 +26,7 @@ from fifa_ray import schema
 from fifa_ray.engine.cluster import quiet_ray_data, reserved_seconds
 from fifa_ray.engine.progress import Progress
 from fifa_ray.run_dir import Manifest, RunDir
+from fifa_ray.sources.source import PASSING_REASONS
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +266,12 @@ def part_and_answers(
     near = _overlapping(names, keys.min(), keys.max())
     tables = [stage.partial_schema.empty_table(), *(partial.read_table(name) for name in near)]
     answers = pa.concat_tables(tables)
-    return inputs, answers.filter(np.isin(answers.column(stage.key).to_numpy(), keys))
+    answers = answers.filter(np.isin(answers.column(stage.key).to_numpy(), keys))
+    if "error" in answers.column_names:
+        # What failed once may have been answered since: that answer comes first.
+        good = answers.column("error").is_null()
+        answers = pa.concat_tables([answers.filter(good), answers.filter(pc.invert(good))])
+    return inputs, answers
 
 
 def _align(run: RunDir, stage: MapStage, partial: RunDir) -> dict[str, int]:
@@ -299,6 +306,12 @@ def _align_part(
     for entry in bad.column("reason").value_counts().to_pylist():
         counts[entry["values"]] = entry["counts"]
     return counts
+
+
+def settled(answers: pa.Table) -> pa.Table:
+    """Partial rows that stay as they are: all but errors that may have been the store's."""
+    passing = pc.is_in(answers.column("error"), pa.array(PASSING_REASONS))
+    return answers.filter(pc.invert(passing))
 
 
 def first_by_key(table: pa.Table, key: str) -> pa.Table:

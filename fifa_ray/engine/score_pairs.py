@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fifa_ray import schema
-from fifa_ray.engine.map_stage import first_by_key, quarantine_rows
+from fifa_ray.engine.map_stage import first_by_key, quarantine_rows, settled
 from fifa_ray.engine.pair_images import LoadImages
 from fifa_ray.run_dir import RunDir
 
@@ -155,7 +155,8 @@ def partial_rows(
 
 
 def pairs_with_both_sides(rows: pa.Table) -> np.ndarray:
-    """int64 ids of pairs whose chosen and rejected image both have an answer."""
+    """int64 ids of pairs whose chosen and rejected image both have an answer that is settled."""
+    rows = settled(rows)
     keys = rows.column(schema.PAIR_ID).to_numpy()
     chosen = rows.column("is_chosen").to_numpy()
     return np.intersect1d(keys[chosen], keys[~chosen])

@@ -38,6 +38,9 @@ IMAGES = pa.schema(
     ]
 )
 
+# Reasons that may be the store's rather than the image's: a later run asks again.
+PASSING_REASONS = ("unreadable_source", "url_failed")
+
 # An answer batch ends at whichever comes first.
 BATCH_IMAGES = 64
 BATCH_BYTES = 64_000_000

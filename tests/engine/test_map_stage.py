@@ -9,7 +9,13 @@ import pyarrow as pa
 import pytest
 
 from fifa_ray import schema
-from fifa_ray.engine.map_stage import MapStage, first_by_key, quarantine_rows, run_map_stage
+from fifa_ray.engine.map_stage import (
+    MapStage,
+    first_by_key,
+    quarantine_rows,
+    run_map_stage,
+    settled,
+)
 from fifa_ray.engine.prompt_stage import run_prompt_stage
 from fifa_ray.run_dir import RunDir, part_name
 
@@ -184,3 +190,43 @@ def test_too_many_quarantined_rows_stop_the_run(ray_session, tmp_path):
     manifest = run_map_stage(run, replace(stage), measure, config={}, max_quarantine_fraction=0.3)
     assert manifest.quarantined == {"too_long": 5}
     assert run.read_table("quarantine", "lengths").column("reason").to_pylist() == ["too_long"] * 5
+
+
+def test_what_the_store_may_be_to_blame_for_is_asked_again(ray_session, tmp_path):
+    run = RunDir(str(tmp_path))
+    prompts = write_prompts(run, 20, 2)
+    partial = pa.schema([*OUT, pa.field("error", pa.string())])
+    ids = prompts.column("prompt_id").to_pylist()
+    reasons = {ids[3]: "corrupt_image", ids[5]: "unreadable_source", ids[12]: "unreadable_source"}
+
+    def failing_with(reasons):
+        def answer(batch: pa.Table) -> pa.Table:
+            found = [reasons.get(key) for key in batch.column("prompt_id").to_pylist()]
+            return lengths(batch).append_column("error", pa.array(found, pa.string()))
+
+        return lambda dataset: dataset.map_batches(answer, batch_format="pyarrow")
+
+    def assemble(inputs, answers):
+        rows = first_by_key(answers, "prompt_id")
+        good = rows.column("error").is_null()
+        bad = rows.filter(rows.column("error").is_valid())
+        return rows.filter(good).select(OUT.names), quarantine_rows("lengths", bad.column("error"))
+
+    stage = MapStage(
+        name="lengths",
+        fingerprint="f",
+        input_table="prompts",
+        key="prompt_id",
+        input_columns=("prompt_id", "prompt"),
+        partial_schema=partial,
+        assemble=assemble,
+        rows_per_item=10,
+        answered_keys=lambda answers: settled(answers).column("prompt_id").to_numpy(),
+    )
+    with pytest.raises(RuntimeError, match="quarantined 3 of 20 rows"):
+        run_map_stage(run, stage, failing_with(reasons), config={}, max_quarantine_fraction=0.1)
+    manifest = run_map_stage(run, stage, failing_with({}), config={}, max_quarantine_fraction=0.1)
+    assert manifest.details["rows_reused"] == 18
+    assert manifest.quarantined == {"corrupt_image": 1}
+    found = run.read_table("lengths").column("prompt_id").to_pylist()
+    assert found == [key for key in ids if key != ids[3]]
