@@ -13,8 +13,8 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from fifa_ray.engine.train_model import describe_model
 from fifa_ray.engine.train_optimizer import check_optimizer
 from fifa_ray.engine.train_pairs import TRAIN, VALIDATION, write_trained_pairs
 from fifa_ray.engine.train_progress import TrainProgress
-from fifa_ray.engine.train_storage import CHECKPOINTS, mend_snapshot
+from fifa_ray.engine.train_storage import CHECKPOINTS, mend_snapshot, newest_checkpoint
 from fifa_ray.engine.training_data import TrainingData, prepare_training_data
 from fifa_ray.models.model_card import model_card
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint, part_name
@@ -69,32 +69,66 @@ _WORK_SETTINGS = {
 }
 
 
-def run_train(run: RunDir, config: FifaConfig, *, in_process: bool = False) -> Manifest:
+class OutOfTime(RuntimeError):
+    """A training was told that it may not go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedPairs:
+    """What a training learns from, all made ready: pairs (schema.TRAINING_PAIRS) that can be used,
+    reasons by pair_id of those that cannot, and where their latents are (None: on the fly).
+    """
+
+    data: TrainingData
+    # Changes when the pairs or their images do.
+    fingerprint: str
+    # As `describe_model` tells them.
+    weights: dict[str, Any]
+    pairs: pa.Table
+    bad: dict[int, str]
+    latents: tuple[str, LatentLayout] | None
+
+
+def run_train(
+    run: RunDir,
+    config: FifaConfig,
+    *,
+    in_process: bool = False,
+    prepared: PreparedPairs | None = None,
+    until: int | None = None,
+    may_go_on: Callable[[], bool] | None = None,
+) -> Manifest:
     """Train what `config.train` says, or the rest of it; at once if it is complete.
 
     `in_process`: one worker in the calling process, for many small trainings: nothing to start, but
-    no checkpoints either, so that one that dies begins anew.
+    no checkpoints either, so that one that dies begins anew. `prepared`: instead of what
+    `train.data` names. `until`: pause after this many of the optimizer steps, with a model and a
+    manifest; a later call goes on from there as if it had never stopped. `may_go_on` is asked
+    before each step, in the workers.
 
     Raises ConfigError where there is nothing to train on, the model cannot be trained, or the
-    cluster has no room for the workers; RuntimeError when workers failed too often.
+    cluster has no room for the workers; RuntimeError when workers failed too often, OutOfTime when
+    `may_go_on` said no.
     """
     settings = config.train
     stage = f"training/{settings.name}"
     check_loggers(settings.loggers)
     run = _absolute(run)
-    data = prepare_training_data(run, config)
-    weights = describe_model(settings)
+    data = prepared.data if prepared else prepare_training_data(run, config)
+    weights = prepared.weights if prepared else describe_model(settings)
     seed = config.seed if settings.seed is None else settings.seed
     identity = fingerprint(
         "training",
-        data.fingerprint,
+        prepared.fingerprint if prepared else data.fingerprint,
         weights["sha256"],
         settings.model_dump(mode="json", exclude=_WORK_SETTINGS),
         config.images.model_dump(),
         seed,
     )
+    pause_at = until if until is not None and until < settings.max_steps else None
+    result = identity if pause_at is None else fingerprint(identity, pause_at)
     found = run.manifest(stage)
-    if found is not None and found.fingerprint == identity:
+    if found is not None and found.fingerprint == result:
         logger.info("%s: already complete, %s", stage, run.path(stage, "model"))
         return found
     _resume_or_clear(run, stage, identity)
@@ -104,10 +138,10 @@ def run_train(run: RunDir, config: FifaConfig, *, in_process: bool = False) -> M
     # Ray Train's local mode is what no workers at all mean to it.
     alone = _train.ScalingConfig(num_workers=0)
     scaling = alone if in_process else _scaling(settings, use_gpu)
-    cache = run_latents(run, config, data, weights) if settings.cache_latents else None
-    pairs, bad_images = _usable_pairs(run, data, cache)
+    ready = prepared or _prepare(run, config, data, weights)
+    bad_images = ready.bad
     counts = write_trained_pairs(
-        run, stage, pairs, validation_pairs=settings.validation_pairs, seed=seed
+        run, stage, ready.pairs, validation_pairs=settings.validation_pairs, seed=seed
     )
     job = TrainJob(
         run=run,
@@ -119,16 +153,24 @@ def run_train(run: RunDir, config: FifaConfig, *, in_process: bool = False) -> M
         data_stage=data.stage,
         empty_prompt_item=data.manifest.details["empty_prompt_item"],
         source=data.source,
-        latents=(cache.stage, LatentLayout.of(cache)) if cache is not None else None,
+        latents=ready.latents,
         sampler=(config.evaluate.num_inference_steps, config.evaluate.guidance_scale),
+        pause_at=pause_at,
+        keeps_own_checkpoints=in_process,
+        may_go_on=may_go_on,
     )
     summary = _fit(job, scaling, use_gpu)
+    if summary.pop("out_of_time"):
+        raise OutOfTime(
+            f"{stage} was stopped after {summary['optimizer_steps']:,} optimizer steps: no more "
+            "time was allowed"
+        )
     _warn_of_bad_images(config, stage, len(summary["bad_pairs"]), counts[TRAIN])
     bad = bad_images | {int(pair): reason for pair, reason in summary.pop("bad_pairs").items()}
     manifest = Manifest(
         stage=stage,
-        fingerprint=identity,
-        rows_in=data.manifest.rows_out,
+        fingerprint=result,
+        rows_in=len(ready.pairs) + len(bad_images),
         rows_out=counts[TRAIN] - (len(bad) - len(bad_images)),
         quarantined=_reasons(bad)
         | ({"held_out": counts[VALIDATION]} if counts[VALIDATION] else {}),
@@ -139,7 +181,7 @@ def run_train(run: RunDir, config: FifaConfig, *, in_process: bool = False) -> M
             "pairs": counts[TRAIN],
             "validation_pairs": counts[VALIDATION],
             "data_stage": data.stage,
-            "latents": cache.stage if cache is not None else None,
+            "latents": ready.latents[0] if ready.latents is not None else None,
             "model": weights,
             "seed": seed,
         }
@@ -148,9 +190,29 @@ def run_train(run: RunDir, config: FifaConfig, *, in_process: bool = False) -> M
     return _publish(run, config, manifest, bad)
 
 
+def check_train(config: FifaConfig) -> None:
+    """Raise what `run_train` would after a filter with this configuration, as far as it is known.
+
+    Not known yet: the pairs, and whether the model fits on a device.
+    """
+    settings = config.train
+    baseline = settings.data.removeprefix("baselines/")
+    if baseline != settings.data and baseline not in config.select.compare:
+        raise ConfigError(
+            f"train.data={settings.data} needs {baseline} in select.compare, which has "
+            f"{', '.join(config.select.compare) or 'none'}"
+        )
+    check_loggers(settings.loggers)
+    use_gpu = _use_gpu(settings)
+    check_optimizer(settings.optimizer, on_gpu=use_gpu)
+    _scaling(settings, use_gpu)
+    describe_model(settings)
+
+
 def _absolute(run: RunDir) -> RunDir:
     """The run under a path that means the same in a worker, whose working folder is another."""
-    return RunDir(run.root) if isinstance(run.filesystem, pafs.LocalFileSystem) else run
+    local = isinstance(run.filesystem, pafs.LocalFileSystem)
+    return RunDir(run.root) if local and run.uri != run.root else run
 
 
 def _resume_or_clear(run: RunDir, stage: str, identity: str) -> None:
@@ -164,6 +226,22 @@ def _resume_or_clear(run: RunDir, stage: str, identity: str) -> None:
         logger.info("%s: configuration, data or model changed, so it starts anew", stage)
     run.invalidate(stage)
     run.write_text(json.dumps({"fingerprint": identity}), stage, IDENTITY_FILE)
+
+
+def _prepare(
+    run: RunDir, config: FifaConfig, data: TrainingData, weights: dict[str, Any]
+) -> PreparedPairs:
+    """Encode what is not yet encoded, and leave out the pairs whose images could not be."""
+    cache = run_latents(run, config, data, weights) if config.train.cache_latents else None
+    pairs, bad = _usable_pairs(run, data, cache)
+    return PreparedPairs(
+        data=data,
+        fingerprint=data.fingerprint,
+        weights=weights,
+        pairs=pairs,
+        bad=bad,
+        latents=None if cache is None else (cache.stage, LatentLayout.of(cache)),
+    )
 
 
 def _usable_pairs(
@@ -233,7 +311,12 @@ def _scaling(settings: TrainConfig, use_gpu: bool) -> Any:
 def _fit(job: TrainJob, scaling: Any, use_gpu: bool) -> dict[str, Any]:
     """Run the workers to the end, restarting them as often as allowed; rank 0's summary."""
     settings, run = job.settings, job.run
-    job = replace(job, resume_from=mend_snapshot(run, job.stage))
+    resume_from = (
+        newest_checkpoint(run, job.stage)
+        if job.keeps_own_checkpoints
+        else mend_snapshot(run, job.stage)
+    )
+    job = replace(job, resume_from=resume_from)
     worker: Any = train_worker
     trainer = train_torch.TorchTrainer(
         worker,

@@ -1,6 +1,6 @@
 """What a worker of a training is told, and the stream of batches it works through."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +39,12 @@ class TrainJob:
     sampler: tuple[int, float]
     # A checkpoint from which a run without one of Ray's begins: its path on the run's filesystem.
     resume_from: str | None = None
+    # Optimizer steps after which to stop for now, with a checkpoint; None: the last one.
+    pause_at: int | None = None
+    # Without Ray's workers a checkpoint is written only where the training pauses.
+    keeps_own_checkpoints: bool = False
+    # Asked before each step by the first worker; None: always.
+    may_go_on: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)

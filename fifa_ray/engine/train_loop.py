@@ -44,6 +44,7 @@ from fifa_ray.engine.train_optimizer import (
 from fifa_ray.engine.train_output import BestWeights, draw_samples, upload_folder
 from fifa_ray.engine.train_pairs import TRAIN, VALIDATION, read_trained_pairs
 from fifa_ray.engine.train_step import GradientStep, PairLoss, add_metrics
+from fifa_ray.engine.train_storage import checkpoint_name, keep_checkpoint
 from fifa_ray.engine.train_validation import Validation
 
 # Steps whose inputs are made ahead of their use.
@@ -112,6 +113,7 @@ class Training:
         self.sums: Metrics = {}
         self.bad_pairs = dict(self.state.bad_pairs)
         self.spare: PairBatch | None = None
+        self.out_of_time = False
         self.log = self._open_log() if self.rank == 0 else None
 
     # Set-up
@@ -157,13 +159,14 @@ class Training:
         settings, state = self.job.settings, self.state
         started, before = time.monotonic(), state.seconds
         resumed_at = state.step
-        inputs = Prefetcher(self.stream.steps(state.step, settings.max_steps), PREFETCHED_STEPS)
+        stop_at = self.job.pause_at or settings.max_steps
+        inputs = Prefetcher(self.stream.steps(state.step, stop_at), PREFETCHED_STEPS)
         try:
-            while state.step < settings.max_steps and not state.stopped_early:
+            while state.step < stop_at and not state.stopped_early and self._may_go_on():
                 self._step(next(inputs), rehearse=state.step < resumed_at + REHEARSED_STEPS)
                 state.step += 1
                 state.seconds = before + time.monotonic() - started
-                last = state.step == settings.max_steps
+                last = state.step == stop_at
                 if last or state.step % settings.log_every == 0:
                     self._log_step()
                 if last or state.step % settings.validation_every == 0:
@@ -174,10 +177,22 @@ class Training:
                     self._checkpoint()
         finally:
             inputs.close()
-        self._write_model()
+        if not self.out_of_time:
+            self._write_model()
         if self.log is not None:
             self.log.close()
         return self._summary()
+
+    def _may_go_on(self) -> bool:
+        """Whether there is time for one more step, which the first worker decides for all."""
+        asked = self.job.may_go_on
+        if asked is None:
+            return True
+        refused = float(self.rank == 0 and not asked())
+        if self.num_workers > 1:
+            refused = float(self._reduce(torch.tensor([refused], device=self.device))[0])
+        self.out_of_time = refused > 0
+        return not self.out_of_time
 
     def _step(self, inputs: StepInputs, *, rehearse: bool) -> None:
         started = time.monotonic()
@@ -323,17 +338,25 @@ class Training:
         if self.rank != 0:
             ray.train.report(metrics)
             return
+        if not self.job.keeps_own_checkpoints or state.step == self.job.pause_at:
+            self._save_checkpoint(metrics)
+        # Only now: an older checkpoint may need the old best.
+        self.best.drop_all_but(state.best_step)
+
+    def _save_checkpoint(self, metrics: dict[str, Any]) -> None:
+        state = self.state
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
             save_checkpoint(Path(folder), state, self.model, self.optimizer, self.averaged)
             assert self.log is not None
             self.log.write()
-            ray.train.report(
-                metrics,
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"step-{state.step:08d}",
-            )
-        # Only now: an older checkpoint may need the old best.
-        self.best.drop_all_but(state.best_step)
+            if self.job.keeps_own_checkpoints:
+                keep_checkpoint(self.job.run, self.job.stage, state.step, Path(folder))
+            else:
+                ray.train.report(
+                    metrics,
+                    checkpoint=ray.train.Checkpoint.from_directory(folder),
+                    checkpoint_dir_name=checkpoint_name(state.step),
+                )
 
     def _all_bad_pairs(self) -> dict[str, str]:
         if self.job.latents is not None or self.num_workers == 1:
@@ -364,6 +387,7 @@ class Training:
             "pairs_seen": state.pairs_seen,
             "best_validation": best if state.best_step is not None else None,
             "stopped_early": state.stopped_early,
+            "out_of_time": self.out_of_time,
             "training_seconds": state.seconds,
             "num_workers": self.num_workers,
             "device": self.device.type,

@@ -7,10 +7,12 @@ Ray would refuse to start. Then the newest whole checkpoint is found by looking 
 
 import json
 import logging
+from pathlib import Path
 
 import pyarrow.fs as pafs
 
 from fifa_ray.engine.train_checkpoint import STATE
+from fifa_ray.engine.train_output import upload_folder
 from fifa_ray.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -36,10 +38,28 @@ def mend_snapshot(run: RunDir, stage: str) -> str | None:
         return None
     logger.warning("%s: Ray Train's note of its checkpoints is broken; looking at them", stage)
     run.filesystem.delete_file(run.path(folder, SNAPSHOT))
-    for name in sorted(present, reverse=True):
-        if is_whole(run, folder, name):
-            return run.path(folder, name)
-    return None
+    return newest_checkpoint(run, stage)
+
+
+def newest_checkpoint(run: RunDir, stage: str) -> str | None:
+    """Path of the newest whole checkpoint of a training; None where there is none."""
+    folder = f"{stage}/{CHECKPOINTS}"
+    whole = [name for name in _folders(run, folder) if is_whole(run, folder, name)]
+    return run.path(folder, whole[-1]) if whole else None
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder of the checkpoint after so many optimizer steps; names sort like steps."""
+    return f"step-{step:08d}"
+
+
+def keep_checkpoint(run: RunDir, stage: str, step: int, files: Path) -> None:
+    """Copy a checkpoint's files to its place in the run, and drop those of earlier steps."""
+    folder = f"{stage}/{CHECKPOINTS}"
+    upload_folder(files, run, folder, checkpoint_name(step))
+    for name in _folders(run, folder):
+        if name != checkpoint_name(step):
+            run.remove(folder, name)
 
 
 def is_whole(run: RunDir, folder: str, name: str) -> bool:

@@ -18,7 +18,7 @@ from models.tiny_pipelines import save_tiny_sd
 from fifa_ray.config import ConfigError
 from fifa_ray.engine import train as train_stage
 from fifa_ray.engine.ingest import run_ingest
-from fifa_ray.engine.train import run_train
+from fifa_ray.engine.train import OutOfTime, run_train
 from fifa_ray.engine.train_loop import Training
 from fifa_ray.engine.train_metrics import read_metrics
 from fifa_ray.run_dir import RunDir
@@ -238,6 +238,24 @@ def test_a_killed_driver_resumes_and_encoding_on_the_fly_is_the_same(undisturbed
     config = train_config(folder, model, **settings)
     run_train(undisturbed, config)
     assert_same_course(undisturbed, "resumed")
+
+
+def test_a_paused_training_goes_on_as_if_it_had_never_stopped(undisturbed, folder, model):
+    config = train_config(folder, model, name="paused", per_device_batch_size=2, **EQUAL_SETTINGS)
+    paused = run_train(undisturbed, config, in_process=True, until=3)
+    assert paused.details["optimizer_steps"] == 3
+    assert undisturbed.exists("training", "paused", "model", "model_index.json")
+    assert run_train(undisturbed, config, in_process=True, until=3) == paused
+    with pytest.raises(OutOfTime, match="stopped after 5 optimizer steps"):
+        run_train(
+            undisturbed, config, in_process=True, may_go_on=iter([True, True, False]).__next__
+        )
+    assert run_train(undisturbed, config, in_process=True, until=7) != paused
+    checkpoints = Path(undisturbed.path("training", "paused", "checkpoints"))
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000007"]
+    finished = run_train(undisturbed, config, in_process=True)
+    assert finished.details["optimizer_steps"] == 9
+    assert_same_course(undisturbed, "paused")
 
 
 def test_adapters_on_the_whole_dataset_with_bad_images_stop_early(ray_session, model, tmp_path):
