@@ -20,6 +20,16 @@ from fifa_ray.config import (
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+# What they mean, of `fifa` and of `jobs/`; `fifa --help` shows it.
+EXIT_CODES = {
+    0: "done",
+    EXIT_FAILED: "failed; what was done is kept, the same command goes on",
+    EXIT_BAD_INPUT: "bad input: mend what the message names, running it again will not help",
+    EXIT_INTERRUPTED: "interrupted (Ctrl-C); the same command goes on",
+    EXIT_TERMINATED: "terminated (SIGTERM, `ray job stop`); the same command goes on",
+}
 
 
 def _explained(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,7 +41,7 @@ def _explained(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(*args, **kwargs)
         except (ConfigError, ValueError, FileNotFoundError, PermissionError) as error:
             _fail(error, EXIT_BAD_INPUT)
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError) as error:
             _fail(error, EXIT_FAILED)
         except KeyboardInterrupt:
             click.echo("Stopped. The same command goes on from here.", err=True)
@@ -50,7 +60,11 @@ def _fail(error: Exception, code: int) -> None:
     sys.exit(code)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="\b\nExit codes:\n"
+    + "\n".join(f"{code:>5}  {text}" for code, text in EXIT_CODES.items()),
+)
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show where an error came from.")
 @click.option("-q", "--quiet", is_flag=True, help="Warnings and results only.")
@@ -162,6 +176,30 @@ def evaluate(config: str, overrides: tuple[str, ...]) -> None:
     click.echo(f"Results: {run.path('evaluation', 'results.json')}")
     if run.exists("report.html"):
         click.echo(f"Report: {run.path('report.html')}")
+
+
+@main.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and stop.")
+@_explained
+def pipeline(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Filter, train, evaluate and report: all of it, as CONFIG (a YAML file or a preset) says.
+
+    Running the same command again skips what is complete and goes on with the rest.
+    """
+    loaded = load_config(config, overrides)
+    if dry_run:
+        click.echo(dump_config(loaded), nl=False)
+        return
+    from fifa_ray.evaluation import read_results, result_lines
+    from fifa_ray.run_all import run_all
+
+    run = run_all(loaded)
+    for line in result_lines(read_results(run)):
+        click.echo(line)
+    click.echo(f"Model: {run.path('training', loaded.train.name, 'model')}")
+    _say_where(run)
 
 
 @main.command("fit-reward")

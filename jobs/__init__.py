@@ -1,1 +1,1 @@
-"""Entry points for `ray job submit`: parse, build the configuration, call the engine."""
+"""Entry points for `ray job submit`, each a command of `fifa`; benchmarks and studies."""

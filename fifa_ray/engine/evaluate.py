@@ -14,12 +14,14 @@ from fifa_ray.config import ConfigError, FifaConfig
 from fifa_ray.config.sections import NAME_PATTERN
 from fifa_ray.engine.evaluate_images import run_images
 from fifa_ray.engine.evaluate_models import resolve_models
-from fifa_ray.engine.evaluate_prompts import run_prompts
+from fifa_ray.engine.evaluate_prompts import HELD_OUT, run_prompts
 from fifa_ray.engine.evaluate_results import write_results
 from fifa_ray.engine.evaluate_rewards import rewards_stage, run_scorer
 from fifa_ray.engine.evaluate_scorers import ImageScorer, resolve_scorers
 from fifa_ray.models.image_generator import RESOLUTION_STEP
+from fifa_ray.models.reward_fitted import is_fitted_reward
 from fifa_ray.run_dir import RunDir, manifest_name
+from fifa_ray.sources.prompt_sets import read_prompt_set
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +48,7 @@ def run_evaluate(
             f"{[m.name for m in models]} and {[s.name for s in scorers]}; give a model another one "
             "as LABEL=NAME"
         )
-    resolution = config.evaluate.resolution or models[-1].resolution
-    if resolution % RESOLUTION_STEP:
-        raise ConfigError(
-            f"evaluate.resolution must be a multiple of {RESOLUTION_STEP} pixels, got {resolution}"
-        )
+    resolution = _resolution(config, models[-1].resolution)
     prompts = run_prompts(run, config, models)
     logger.info(
         "evaluation: %s prompts, %s images by each of %s",
@@ -62,3 +60,41 @@ def run_evaluate(
     for scorer in scorers:
         run_scorer(run, config, models, scorer)
     return write_results(run, config, models, scorers)
+
+
+def check_evaluate(run: RunDir, config: FifaConfig) -> None:
+    """Raise what `run_evaluate` would after a filter and a training with this configuration.
+
+    As far as it is known: what they will leave (rewards that are fitted, the model) is taken for
+    granted, the rest has to be there.
+    """
+    settings = config.evaluate
+    configured = (*config.rewards, *settings.extra_rewards)
+    wanted = [r.name for r in configured] if settings.rewards is None else settings.rewards
+    to_fit = {
+        r.name for r in config.rewards if r.kind == "fitted" and not is_fitted_reward(r.weights)
+    }
+    there = tuple(name for name in wanted if name not in to_fit)
+    if there or not wanted:
+        resolve_scorers(run, _with(config, rewards=there), {})
+    entries = settings.trainings or ()
+    others = tuple(e for e in entries if e.rpartition("=")[2] != config.train.name)
+    if others:
+        resolve_models(run, _with(config, trainings=others))
+    _resolution(config, config.train.resolution)
+    if settings.prompts != HELD_OUT:
+        read_prompt_set(settings.prompts)
+
+
+def _with(config: FifaConfig, **updates: Any) -> FifaConfig:
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=updates)})
+
+
+def _resolution(config: FifaConfig, of_model: int) -> int:
+    """Side of the images, pixels. Raises ConfigError where the model cannot draw it."""
+    resolution = config.evaluate.resolution or of_model
+    if resolution % RESOLUTION_STEP:
+        raise ConfigError(
+            f"evaluate.resolution must be a multiple of {RESOLUTION_STEP} pixels, got {resolution}"
+        )
+    return resolution

@@ -1,0 +1,6 @@
+"""Draw with base and tuned models, count who wins: `fifa evaluate` as a job, see `fifa_ray.job`."""
+
+from fifa_ray.job import run_job
+
+if __name__ == "__main__":
+    run_job("evaluate")

@@ -1,0 +1,6 @@
+"""Search selection and training under a budget: `fifa tune` as a job, see `fifa_ray.job`."""
+
+from fifa_ray.job import run_job
+
+if __name__ == "__main__":
+    run_job("tune")
