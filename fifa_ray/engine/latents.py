@@ -48,7 +48,7 @@ ITEMS_PER_BATCH = 16
 
 _IMAGE_COLUMNS = ("mean", "std", "flipped_mean", "flipped_std")
 _PARTIAL = pa.schema([*schema.LATENTS, pa.field("error", pa.string())])
-_MODEL_FILE = "model.json"
+MODEL_FILE = "model.json"
 
 
 def run_latents(
@@ -60,17 +60,7 @@ def run_latents(
     than `max_quarantine_fraction` allows.
     """
     settings = config.train
-    identity = fingerprint(
-        "latents",
-        encoder_digests(weights),
-        settings.resolution,
-        settings.precision,
-        settings.cache_dtype,
-        settings.random_flip,
-        data.fingerprint,
-        config.images.model_dump(),
-        schema.LATENTS.names,
-    )
+    identity = latents_identity(config, data, weights)
     name = f"latents/{data.stage.partition('/')[2].rpartition('-')[0]}-{identity[:12]}"
     stage = MapStage(
         name=name,
@@ -105,8 +95,24 @@ def run_latents(
         transform,
         config=model_settings(settings),
         max_quarantine_fraction=config.max_quarantine_fraction,
-        details=lambda: json.loads(info.read_text(_MODEL_FILE)),
+        details=lambda: json.loads(info.read_text(MODEL_FILE)),
         pool=pool,
+    )
+
+
+def latents_identity(config: FifaConfig, data: TrainingData, weights: dict[str, Any]) -> str:
+    """Fingerprint of what is encoded, by which encoders, and how."""
+    settings = config.train
+    return fingerprint(
+        "latents",
+        encoder_digests(weights),
+        settings.resolution,
+        settings.precision,
+        settings.cache_dtype,
+        settings.random_flip,
+        data.fingerprint,
+        config.images.model_dump(),
+        schema.LATENTS.names,
     )
 
 
@@ -150,7 +156,7 @@ class EncodeItems:
             "dtype": settings.cache_dtype,
             "flips": settings.random_flip,
         }
-        info.write_text(json.dumps(described), _MODEL_FILE)
+        info.write_text(json.dumps(described), MODEL_FILE)
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """Blocks of partial rows, one for each batch that is read."""
