@@ -5,10 +5,14 @@
     python -m jobs.benchmark memory           # (d) peak memory while streaming images
     python -m jobs.benchmark neighbors        # (b) the k-NN self-join against FAISS
     python -m jobs.benchmark train            # (e) training against the plain loop, caching, DDP
+    python -m jobs.benchmark scale            # (f) growth of every stage, efficiency on many nodes
 
 Each prints the machine, the versions, medians with their spread, and ratios from the same run:
 absolute figures of a shared machine say little.
 """
+
+import sys
+from pathlib import Path
 
 import click
 
@@ -21,13 +25,16 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Started by its path, Python looks for modules beside this file, not beside `jobs`.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     # Here, so that the processes a benchmark spawns do not import torch for the others' sake.
     from jobs.benchmarks.memory import memory
     from jobs.benchmarks.neighbors import neighbors
+    from jobs.benchmarks.scale import scale
     from jobs.benchmarks.score import score
     from jobs.benchmarks.select import select
     from jobs.benchmarks.train import train
 
-    for command in (score, neighbors, select, memory, train):
+    for command in (score, neighbors, select, memory, train, scale):
         main.add_command(command)
     main()

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import click
 import faiss
@@ -20,7 +19,7 @@ from fifa_ray.engine.cluster import connect
 from fifa_ray.engine.neighbors import run_neighbors
 from fifa_ray.run_dir import Manifest, RunDir, part_name
 from jobs.benchmarks.drawn_vectors import drawn_vectors, gaussian_vectors
-from jobs.benchmarks.measuring import descendants, say_machine, spread
+from jobs.benchmarks.measuring import cpu_seconds, say_machine, spread
 
 NUM_NEIGHBORS = 5
 ROWS_PER_PART = 50_000
@@ -210,17 +209,6 @@ def _without_self(index: faiss.Index, vectors: Vectors, sample: NDArray[np.int64
 
 
 def _clock(work: Callable[[], object]) -> Seconds:
-    cpu, start = _cpu_seconds(), time.perf_counter()
+    cpu, start = cpu_seconds(), time.perf_counter()
     work()
-    return Seconds(time.perf_counter() - start, _cpu_seconds() - cpu)
-
-
-def _cpu_seconds() -> float:
-    ticks = 0
-    for pid in descendants(os.getpid()):
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return Seconds(time.perf_counter() - start, cpu_seconds() - cpu)
