@@ -1,9 +1,11 @@
 """`fifa ...`: the command line. Every setting it takes is a field of `fifa_ray.config`."""
 
+import json
 import logging
 import sys
 from collections.abc import Callable
 from functools import wraps
+from importlib import resources
 from typing import Any
 
 import click
@@ -211,6 +213,41 @@ def fit_reward(config: str, overrides: tuple[str, ...]) -> None:
     from fifa_ray.pipeline import fit_reward as fit
 
     for line in fit(load_config(config, overrides)):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("config", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--train", is_flag=True, help="With training and evaluation.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option("--example-prices", is_flag=True, help="Print a price list to start from and stop.")
+@_explained
+def plan(
+    config: str | None,
+    overrides: tuple[str, ...],
+    train: bool,
+    as_json: bool,
+    example_prices: bool,
+) -> None:
+    """Predict hours, GPU hours, cost and storage of every stage of CONFIG for the whole dataset.
+
+    Rates are measured on a sample here, or given, e.g. `fifa plan pickapic_sd15
+    cost.prices_file=prices.yaml 'cost.rates={quality: 40}'`. The plan is kept as plan.json of the
+    run; the report of the run then sets it beside what happened.
+    """
+    if example_prices:
+        click.echo((resources.files("fifa_ray") / "prices_example.yaml").read_text(), nl=False)
+        return
+    if config is None:
+        raise ConfigError("name a configuration, a preset or a run: fifa plan CONFIG")
+    from fifa_ray.plan import make_plan, plan_lines
+
+    found = make_plan(config, overrides, train=train)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for line in plan_lines(found):
         click.echo(line)
 
 

@@ -89,6 +89,7 @@ def _describe(operator: _Operator, rows: int, workers: int) -> dict[str, Any]:
     per_row = rate.seconds_per_row * overlap
     return {
         "operator": operator.name,
+        "rows": rows,
         "workers": workers,
         "tasks": len(tasks),
         "tasks_warming_up": len(tasks) - len(warm),

@@ -56,21 +56,24 @@ class Worker:
 class StageWork:
     """What a stage has to do: rows of `unit`, at a rate of one worker, after one start-up.
 
-    pieces: the units of work that cannot be shared by two workers. seconds: start-up and whatever
-    else does not grow. decoding: core seconds a row that run beside the workers on other cores.
+    pieces: the units of work that cannot be shared by two workers. start: seconds of start-up and
+    of whatever else does not grow. decoding: core seconds a row beside the workers, on other cores.
     """
 
     stage: str
     unit: str
     rows: Estimate
     rate: Rate
-    start_seconds: float
+    start: Estimate
     start_source: Source
     worker: Worker
     pieces: float
+    min_workers: int = 1
     max_workers: int | None = None
     decoding: Rate | None = None
     bytes_per_row: float | None = None
+    # Groups that may hold the workers; None: any that lists the stage.
+    groups: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -99,12 +102,18 @@ class StagePrediction:
 def predict_stage(work: StageWork, groups: Sequence[Group]) -> StagePrediction | str:
     """Place a stage on its group and reckon, or say why it fits nowhere."""
     listed = [group for group in groups if group.runs(work.stage)]
-    main = next((group for group in listed if work.worker.per_node(group)), None)
+    allowed = [g for g in listed if work.groups is None or g.name in work.groups]
+    main = next((group for group in allowed if work.worker.per_node(group)), None)
     if main is None:
-        return _no_room(work, listed)
+        return _no_room(work, allowed)
     per_node = work.worker.per_node(main)
     limits = [main.max_nodes * per_node, max(1, math.ceil(work.pieces))]
     workers = max(1, min(limits if work.max_workers is None else [*limits, work.max_workers]))
+    if workers < work.min_workers:
+        return (
+            f"{work.stage} does not fit: it needs {work.min_workers} workers, {main.name} holds "
+            f"{workers}"
+        )
     nodes = {main.name: math.ceil(workers / per_node)}
     # The last pieces leave some workers idle.
     rounds = math.ceil(work.pieces / workers) * workers / work.pieces if work.pieces > 1 else 1.0
@@ -126,7 +135,7 @@ def predict_stage(work: StageWork, groups: Sequence[Group]) -> StagePrediction |
                 f"cores against {busy.value / HOUR:.2g} h; give it more cores"
             )
             busy = decoding
-    seconds = busy + Estimate.sure(work.start_seconds)
+    seconds = busy + work.start
     node_seconds = {
         group.name: (seconds + Estimate.sure(group.overhead_seconds)) * nodes[group.name]
         for group in listed
@@ -151,7 +160,7 @@ def _no_room(work: StageWork, listed: Sequence[Group]) -> str:
     if work.worker.memory:
         wants += f" and {work.worker.memory / GB:.1f} GB of memory"
     if not listed:
-        return f"{work.stage} does not fit: no node group lists it"
+        return f"{work.stage} does not fit: no node group is for it"
     names = ", ".join(
         f"{g.name} ({g.cpus:g} CPU, {g.gpus:g} GPU"
         + (f", {g.memory / GB:g} GB)" if g.memory else ")")
