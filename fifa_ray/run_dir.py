@@ -22,6 +22,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+# How the files end that are being written.
+UNFINISHED = ".tmp"
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 VERSIONED_PACKAGES = ("fifa-ray", "ray", "torch", "transformers", "pyarrow", "numpy", "faiss-cpu")
 
@@ -113,7 +115,7 @@ class RunDir:
             return
         # The leading dot keeps readers of the folder from taking an unfinished file for a part.
         folder, name = os.path.split(path)
-        temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
+        temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}{UNFINISHED}")
         try:
             os.makedirs(folder, exist_ok=True)
             with self.filesystem.open_output_stream(temporary) as stream:
@@ -213,6 +215,7 @@ class RunDir:
                 f"out and {manifest.rows_quarantined:,} quarantined {manifest.quarantined}; "
                 "this is a bug in the stage, its table is left unpublished"
             )
+        self._remove_unfinished(manifest.stage)
         stamped = asdict(manifest) | {
             "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": package_versions(),
@@ -220,6 +223,11 @@ class RunDir:
         text = json.dumps(stamped, indent=2, sort_keys=True, default=str)
         self.write_text(text, "manifests", manifest_name(manifest.stage))
         return Manifest(**stamped)
+
+    def _remove_unfinished(self, stage: str) -> None:
+        """Delete what a process that was killed while it wrote has left in a stage's folder."""
+        for name in self.list(*stage.split("/"), suffix=UNFINISHED):
+            self.filesystem.delete_file(self.path(stage, name))
 
 
 def manifest_name(stage: str) -> str:

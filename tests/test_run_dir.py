@@ -79,6 +79,16 @@ def test_a_stage_is_complete_only_with_its_manifest(run):
     assert not run.exists("pairs", part_name(0))
 
 
+def test_publishing_clears_away_what_a_killed_worker_was_writing(tmp_path):
+    run = RunDir(str(tmp_path / "run"))
+    run.write_table(TABLE, "rewards", "a", part_name(0))
+    killed = run.open_atomic("rewards", "a", part_name(1))
+    killed.__enter__().write(b"half")
+    assert len(os.listdir(run.path("rewards", "a"))) == 2
+    run.publish(Manifest(stage="rewards/a", fingerprint="f", rows_in=3, rows_out=3))
+    assert os.listdir(run.path("rewards", "a")) == [part_name(0)]
+
+
 def test_rows_that_vanish_are_a_bug_and_are_not_published(run):
     with pytest.raises(RuntimeError, match=r"4 rows in, but 2 out and 1 quarantined"):
         run.publish(
