@@ -124,23 +124,22 @@ def study_table(results: Mapping[str, Any]) -> str:
     methods = list(dict.fromkeys(method for method, _ in longest))
     sizes = [next(r["pairs"] for (_, s), r in longest.items() if s == share) for share in shares]
     heads = [f"{share:.1%} ({size:,} pairs)" for share, size in zip(shares, sizes, strict=True)]
-    lines = [
-        f"| wins over the base | {' | '.join(heads)} | harmful prompts |",
-        f"|---|{'---|' * len(heads)}---|",
-    ]
-    for method in methods:
-        found = [longest[method, share] for share in shares]
-        cells = " | ".join(_win_rate(row) for row in found)
-        harmful = f"{min(r['harmful_share'] for r in found):.1%} to "
-        harmful += f"{max(r['harmful_share'] for r in found):.1%}"
-        lines.append(f"| {TITLES[method]} | {cells} | {harmful} |")
-    lines += ["", "| all pairs | pair updates | wins over the base | harmful prompts |"]
-    lines.append("|---|---|---|---|")
-    for row in (row for row in rows if row["method"] == "all"):
-        updates, harmful = f"{row['pair_updates']:,}", f"{row['harmful_share']:.1%}"
-        lines.append(f"| {row['pairs']:,} | {updates} | {_win_rate(row)} | {harmful} |")
+    full = [row for row in rows if row["method"] == "all"]
+    lines: list[str] = []
+    for title, cell in (("wins over the base", _win_rate), ("gain in mean utility", _gain)):
+        lines += [f"| {title} | {' | '.join(heads)} | harmful prompts |"]
+        lines += [f"|---|{'---|' * len(heads)}---|"]
+        for method in methods:
+            found = [longest[method, share] for share in shares]
+            harmful = [row["harmful_share"] for row in found]
+            cells = " | ".join(cell(row) for row in found)
+            lines.append(f"| {TITLES[method]} | {cells} | {_between(harmful)} |")
+        for row in full:
+            what = f"all {row['pairs']:,} pairs, {row['pair_updates']:,} updates"
+            cells = f"{cell(row)} |{' |' * (len(heads) - 1)}"
+            lines.append(f"| {what} | {cells} {row['harmful_share']:.1%} |")
+        lines.append("")
     reached = results["reached"]
-    lines.append("")
     lines += [
         f"FiFA at {found['share']:.1%}: "
         + (
@@ -155,8 +154,14 @@ def study_table(results: Mapping[str, Any]) -> str:
 
 
 def _win_rate(row: Mapping[str, Any]) -> str:
-    seeds = row["win_rate_of_seeds"]
-    return (
-        f"{row['win_rate']:.1%} ({row['win_rate_low']:.1%} to {row['win_rate_high']:.1%});"
-        f" seeds {min(seeds):.1%} to {max(seeds):.1%}"
-    )
+    return f"{row['win_rate']:.1%} ({row['win_rate_low']:.1%} to {row['win_rate_high']:.1%})"
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    low, high = row["mean_difference_low"], row["mean_difference_high"]
+    return f"{row['mean_difference']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def _between(shares: Sequence[float]) -> str:
+    low, high = f"{min(shares):.1%}", f"{max(shares):.1%}"
+    return low if low == high else f"{low} to {high}"
