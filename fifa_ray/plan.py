@@ -72,6 +72,7 @@ def make_plan(
         "version": __version__,
         "planned_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "settings": loaded.model_dump(mode="json", include=set(PLANNED)),
+        "training": loaded.train.name if train else None,
         "dataset": _dataset_record(size),
         "sample": sampled,
         "currency": prices.currency if prices else None,
@@ -100,7 +101,7 @@ def _measure(
             pairs_from="given",
             prompts_from="given",
         ), None
-    folder = sample_folder(run)
+    folder = sample_folder(run, config)
     size, metadata = measure_size(run, config, folder)
     sample = run_sample(config, folder, size.rows, metadata, wanted) if wanted else None
     return size.with_given(cost.num_pairs, cost.num_prompts), sample

@@ -86,6 +86,9 @@ class CostConfig(Section):
     sample_pairs: int = Field(
         512, ge=64, description="Source rows, spread over the dataset, that every stage measures."
     )
+    sample_prompts: int = Field(
+        256, ge=8, description="Distinct prompts, at least, that judge and text encoder measure."
+    )
     sample_rows: int = Field(
         50_000,
         ge=64,

@@ -1,10 +1,10 @@
 """The sample that a plan is measured on: the real stages on some rows, in a sub-run of the run.
 
-    plan/<key>/metadata/   ingest alone, of many rows: how often prompts repeat
     plan/<key>/sample/     every stage that has to be measured, of few rows
+    plan/<key>/metadata/   ingest alone, of many rows: how often prompts repeat, and more prompts
 
-The key covers the cluster, so that the same command on the same machines measures nothing twice,
-and on others everything. Rows are spread over the whole source.
+The key covers the cluster and the sizes, so that the same command on the same machines measures
+nothing twice, and on others everything. Rows are spread over the whole source.
 """
 
 import logging
@@ -12,6 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from fifa_ray import schema
 from fifa_ray.config import ActorsConfig, ConfigError, FifaConfig, JudgeConfig, NodeGroup
@@ -28,7 +31,7 @@ from fifa_ray.engine.select import run_select
 from fifa_ray.engine.train import run_train
 from fifa_ray.engine.train_metrics import read_metrics
 from fifa_ray.planning.estimates import Estimate, distinct_prompts
-from fifa_ray.run_dir import Manifest, RunDir, fingerprint
+from fifa_ray.run_dir import Manifest, RunDir, fingerprint, part_name
 from fifa_ray.sources import SampledSource, count_rows, open_source
 
 logger = logging.getLogger(__name__)
@@ -114,10 +117,12 @@ def cluster_groups() -> list[NodeGroup]:
     ]
 
 
-def sample_folder(run: RunDir) -> str:
+def sample_folder(run: RunDir, config: FifaConfig) -> str:
     """URI of the folder of this cluster's measurements."""
     nodes = sorted([n["Resources"].get(kind, 0) for kind in ("CPU", "GPU")] for n in alive_nodes())
-    return f"{run.uri.rstrip('/')}/plan/{fingerprint(nodes)[:8]}"
+    cost = config.cost
+    key = fingerprint(nodes, cost.sample_pairs, cost.sample_prompts, cost.sample_rows)
+    return f"{run.uri.rstrip('/')}/plan/{key[:8]}"
 
 
 def measure_size(run: RunDir, config: FifaConfig, folder: str) -> tuple[DatasetSize, Manifest]:
@@ -129,6 +134,8 @@ def measure_size(run: RunDir, config: FifaConfig, folder: str) -> tuple[DatasetS
     rows, exact = count_rows(source)
     if not rows:
         raise ValueError(f"{config.ingest.source} holds no rows")
+    # The small one first: like that of a run it starts Ray's workers, the second one does not.
+    _ingest_sample(RunDir(f"{folder}/sample"), config, rows, config.cost.sample_pairs, PIECE)
     metadata = RunDir(f"{folder}/metadata")
     wanted = min(rows, config.cost.sample_rows)
     manifest = _ingest_sample(metadata, config, rows, wanted, -(-wanted // METADATA_PIECES))
@@ -153,7 +160,7 @@ def measure_size(run: RunDir, config: FifaConfig, folder: str) -> tuple[DatasetS
     ]
     pairs_per_row = manifest.rows_out / wanted
     counted = "counted" if exact else "estimated from some shards"
-    how = f"rows {counted} ({rows:,}), usable pairs a row from {wanted:,} rows' metadata"
+    how = f"{rows:,} rows {counted}, usable pairs a row from the metadata of {wanted:,}"
     size = DatasetSize(
         rows=rows,
         pairs=Estimate.sure(pairs_per_row * rows),
@@ -172,7 +179,8 @@ def measure_size(run: RunDir, config: FifaConfig, folder: str) -> tuple[DatasetS
 def _ingest_sample(
     run: RunDir, config: FifaConfig, rows: int, num_rows: int, piece: int
 ) -> Manifest:
-    """Ingest `num_rows` of `rows` rows in pieces spread over the source."""
+    """Ingest up to `num_rows` of `rows` rows in pieces spread over the source."""
+    num_rows = min(rows, num_rows)
     pieces = max(1, -(-num_rows // piece))
     # Chunks as large as the pieces allow: a piece is the head of one, and of its row group.
     ingest = config.ingest.model_copy(update={"rows_per_part": max(piece, rows // pieces)})
@@ -188,8 +196,8 @@ def run_sample(
     be had, neighbors, selected, training, evaluation."""
     run = RunDir(f"{folder}/sample")
     num_rows = min(rows, config.cost.sample_pairs)
+    _add_prompts(run, RunDir(f"{folder}/metadata"), config.cost.sample_prompts)
     config = sample_config(config, run, num_rows)
-    _ingest_sample(run, config, rows, num_rows, PIECE)
     rewards = tuple(r for r in config.rewards if f"rewards/{r.name}" in stages)
     if rewards:
         run_rewards(run, config.model_copy(update={"rewards": rewards}))
@@ -223,6 +231,26 @@ def run_sample(
         select_seconds=tuple(select_seconds),
         train_lines=lines,
     )
+
+
+def _add_prompts(run: RunDir, metadata: RunDir, count: int) -> None:
+    """Fill up the sample's prompts to `count` with others of the dataset.
+
+    Rows that stand together share prompts, so the pairs of a few pieces have few. Ids are hashes:
+    the first ones of the metadata's are as good as drawn at random.
+    """
+    manifest = run.manifest("prompts")
+    assert manifest is not None
+    prompts = run.read_table("prompts").combine_chunks()
+    if len(prompts) >= count:
+        return
+    others = metadata.read_table("prompts").combine_chunks()
+    ids = others.column(schema.PROMPT_ID)
+    new = others.filter(pc.invert(pc.is_in(ids, prompts.column(schema.PROMPT_ID))))
+    added = pa.concat_tables([prompts, new.slice(0, count - len(prompts))])
+    run.remove("prompts")
+    run.write_table(added.sort_by(schema.PROMPT_ID), "prompts", part_name(0))
+    run.publish(replace(manifest, rows_in=len(added), rows_out=len(added)))
 
 
 def sample_config(config: FifaConfig, run: RunDir, num_rows: int) -> FifaConfig:

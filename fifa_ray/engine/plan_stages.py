@@ -41,8 +41,6 @@ from fifa_ray.run_dir import Manifest
 
 # Rows of the tables that were never written here: bytes, from their schemas.
 ASSUMED_BYTES = {"pairs": 80.0, "rewards": 20.0, "quality": 150.0, "neighbors": 16.0}
-# Rows of two ingests must differ by so many for their seconds to say what a row takes.
-MIN_INGEST_DIFFERENCE = 5_000
 # A held-out pair is measured forward alone, about a third of an update.
 VALIDATION_SHARE = 1 / 3
 # Start-up of a stage without models, where none was measured.
@@ -83,12 +81,9 @@ class Planner:
     def _ingest(self) -> StageWork:
         rows, given = self.size.rows, self._given("pairs")
         rate = given or assumed_rate(INGEST_SECONDS)
-        if self.sample is not None:
-            small, large = self.sample.manifests["pairs"], self.sample.metadata
-            more_rows = large.rows_in - small.rows_in
-            if given is None and more_rows >= MIN_INGEST_DIFFERENCE:
-                seconds = max(large.seconds - small.seconds, 1e-3) * self._cores()
-                rate = measured_rate([seconds], [more_rows])
+        if self.sample is not None and given is None:
+            many = self.sample.metadata
+            rate = measured_rate([many.seconds * self._cores()], [many.rows_in])
         per_prompt = self.size.prompts.value / self.size.pairs.value
         written = self._bytes("pairs") or 0.0
         written += per_prompt * ((self._bytes("prompts") or self.size.prompt_bytes or 100.0) + 16)

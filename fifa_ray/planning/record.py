@@ -78,7 +78,7 @@ def plan_lines(plan: Mapping[str, Any]) -> Iterator[str]:
             f"{duration(sample['seconds'])}: {sample['folder']}"
         )
     yield ""
-    yield from _table(_rows(plan), left=(0, 2, 3))
+    yield from _table(_rows(plan), left=(0, 3, 4, 6))
     yield ""
     yield from _total_lines(plan)
     yield from (RANGE_EXPLAINED, NODES_EXPLAINED)
@@ -92,7 +92,7 @@ def plan_lines(plan: Mapping[str, Any]) -> Iterator[str]:
 def _rows(plan: Mapping[str, Any]) -> list[tuple[str, ...]]:
     currency = plan["currency"] or ""
     header = (
-        "stage", "rows", "rate of a worker", "rate is", "workers", "nodes", "time", "range",
+        "stage", "rows", "rate of a worker", "", "workers on nodes", "time", "(range)",
         "GPU hours", f"cost {currency}".rstrip(), "storage",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = [header]
@@ -105,10 +105,9 @@ def _rows(plan: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 f"{stage['rows']['value']:,.0f}",
                 f"{figures(rate)} {stage['unit']}/s",
                 stage["rate_source"],
-                f"{stage['workers']}",
-                nodes_text(stage["nodes"]),
+                f"{stage['workers']} on {nodes_text(stage['nodes'])}",
                 duration(seconds["value"]),
-                f"{duration(seconds['low'])} to {duration(seconds['high'])}",
+                f"({duration(seconds['low'])} to {duration(seconds['high'])})",
                 figures(stage["gpu_seconds"]["value"] / HOUR),
                 money_text(stage["cost"]),
                 size(stage["bytes"]),
@@ -185,11 +184,11 @@ def size(count: Mapping[str, float] | None) -> str:
 
 def duration(seconds: float) -> str:
     """`12 s`, `3.5 min`, `2.5 h`."""
-    if seconds < 60:
-        return f"{figures(seconds)} s"
-    if seconds < HOUR:
-        return f"{figures(seconds / 60)} min"
-    return f"{figures(seconds / HOUR)} h"
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / HOUR:,.1f} h"
 
 
 def figures(value: float | None) -> str:
