@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pyarrow as pa
 from synthetic_models import write_models
+from synthetic_plan import write_plan
 from synthetic_selection import HOSTILE_PROMPTS, manifest, quarantine, score, write_selection
 
 from fifa_ray import schema
@@ -64,6 +65,7 @@ def write_run(
     scored = score(run, rng, pairs, ids, quality, harmful, unrated, log_distance)
     write_selection(run, rng, scored, prompts, ids, quality, log_distance, selection_size, harmful)
     write_models(run, rng, config)
+    write_plan(run, config)
     run.write_text(
         '{"correct labels among the kept pairs": {"value": 0.947, "low": 0.931, "high": 0.96, '
         '"note": "0.842 among all pairs, 0.839 among random ones", "unit": "share"}, '
@@ -161,6 +163,8 @@ def _write_prompt_tables(
         judge={"model": "tiny-llm", "engine": "vllm"},
         tokens=81_234,
         cpu_seconds=361.0,
+        gpu_seconds=180.0,
+        node_seconds={"gpu": 184.0, "cpu": 20.0},
     )
     dimension = vectors.shape[1]
     flat = pa.array(vectors.astype(np.float32).ravel())
@@ -168,7 +172,16 @@ def _write_prompt_tables(
         {"prompt_id": ids, "embedding": pa.FixedSizeListArray.from_arrays(flat, dimension)}
     )
     run.write_table(embedded.cast(schema.embeddings_schema(dimension)), "embeddings", part_name(0))
-    manifest(run, "embeddings", count, {}, 21.0, model="all-MiniLM-L6-v2", cpu_seconds=40.2)
+    manifest(
+        run,
+        "embeddings",
+        count,
+        {},
+        21.0,
+        model="all-MiniLM-L6-v2",
+        cpu_seconds=40.2,
+        node_seconds={"cpu": 36.0},
+    )
     near = pa.table(
         {
             "prompt_id": ids,
