@@ -43,11 +43,18 @@ def _explained(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(*args, **kwargs)
         except (ConfigError, ValueError, FileNotFoundError, PermissionError) as error:
             _fail(error, EXIT_BAD_INPUT)
-        except (RuntimeError, ConnectionError) as error:
+        except (RuntimeError, OSError) as error:
             _fail(error, EXIT_FAILED)
         except KeyboardInterrupt:
             click.echo("Stopped. The same command goes on from here.", err=True)
             sys.exit(EXIT_INTERRUPTED)
+        except Exception as error:
+            # Ray's own errors, which only a process that uses Ray can meet.
+            from fifa_ray.engine.failures import explain_failure
+
+            if (text := explain_failure(error)) is None:
+                raise
+            _fail(RuntimeError(text), EXIT_FAILED)
 
     return run
 

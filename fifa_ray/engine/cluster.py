@@ -64,7 +64,7 @@ def quiet_ray() -> None:
 
 
 def quiet_ray_data() -> None:
-    """Our own progress lines replace Ray Data's bars.
+    """Our own progress lines replace Ray Data's bars, our own messages its tracebacks.
 
     Apart from `quiet_ray`, since ray.data brings pandas: 40 MB in each process that imports it.
     """
@@ -73,6 +73,10 @@ def quiet_ray_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # What a transform raises reaches the driver as it was, which says it, not as a
+    # UserCodeException without its cause.
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def gpus_per_actor(actors: ActorsConfig) -> float:
