@@ -48,7 +48,7 @@ def run_embed(run: RunDir, config: FifaConfig) -> Manifest:
         return rows.map_batches(
             _Embed,
             fn_constructor_args=(settings, _device(settings), info["dimension"]),
-            batch_size=max(settings.batch_size, ROWS_PER_ITEM),
+            batch_size=None,
             batch_format="pyarrow",
             **pool,
         )
@@ -63,6 +63,8 @@ def run_embed(run: RunDir, config: FifaConfig) -> Manifest:
         details=lambda: {"encoder": info},
         pool=pool,
         rows_per_item=ROWS_PER_ITEM,
+        # The last bits of a vector depend on its batch: each item is one, also when it is redone.
+        whole_items=True,
     )
 
 
