@@ -2,36 +2,19 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from fifa_ray.config import ConfigError, CostConfig, read_prices
 from fifa_ray.report.section import Absent, NotPlanned, Section
+from fifa_ray.report.spent import Spent, spent_by_stage
+from fifa_ray.report.stages import place_of_stage
 from fifa_ray.report.tables import RunTables
-from fifa_ray.run_dir import Manifest
 
 PLAN_FILE = "plan.json"
 HOUR = 3600.0
-# Made in the same pass as pairs/, with the same seconds in its manifest.
-SAME_PASS = {"prompts": "pairs"}
-# Stages that a training does first, and counts as its own, where they are not done before.
-WITHIN_TRAINING = ("training_data/", "latents/")
-# Manifests tell the second in which they were written.
-CLOCK_SECONDS = 2.0
-
-
-@dataclass
-class Spent:
-    """Of one stage, or of all of a kind: seconds, node-seconds by group, reserved seconds."""
-
-    seconds: float = 0.0
-    node_seconds: dict[str, float] = field(default_factory=dict)
-    cpu_seconds: float | None = None
-    gpu_seconds: float | None = None
-    counted: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,7 +48,7 @@ def build(tables: RunTables) -> Section:
     predicted = {stage["stage"]: stage for stage in plan["stages"]} if plan else {}
     stages = [
         _stage_row(name, spent.get(name), predicted.get(name), prices)
-        for name in [*spent, *(n for n in predicted if n not in spent)]
+        for name in sorted({*spent, *predicted}, key=place_of_stage)
     ]
     groups = _group_rows(spent, plan, prices)
     values = {
@@ -85,69 +68,6 @@ def read_plan(tables: RunTables) -> dict[str, Any] | None:
     if not tables.run.exists(PLAN_FILE):
         return None
     return dict(json.loads(tables.run.read_text(PLAN_FILE)))
-
-
-def own_seconds(manifests: Mapping[str, Manifest]) -> dict[str, float]:
-    """Seconds of every stage without those of others that its manifest counts as well."""
-    own = {name: manifest.seconds for name, manifest in manifests.items()}
-    for name, other in SAME_PASS.items():
-        if name in own and other in own:
-            own[name] = 0.0
-    for name, manifest in manifests.items():
-        if not name.startswith("training/"):
-            continue
-        for inner, part in manifests.items():
-            if inner.startswith(WITHIN_TRAINING) and _within(part, manifest):
-                own[name] = max(0.0, own[name] - part.seconds)
-    return own
-
-
-def _within(part: Manifest, whole: Manifest) -> bool:
-    try:
-        ended, whole_ended = (datetime.fromisoformat(m.finished_at) for m in (part, whole))
-    except ValueError:
-        return False
-    before = (whole_ended - ended).total_seconds()
-    started_after = whole.seconds - before - part.seconds
-    return before >= -CLOCK_SECONDS and started_after >= -CLOCK_SECONDS
-
-
-def spent_by_stage(
-    manifests: Mapping[str, Manifest], plan: Mapping[str, Any] | None
-) -> dict[str, Spent]:
-    """What was spent under the names that a plan uses, in the order in which stages ended.
-
-    The images of all models are one entry, and so are the scores of one reward model.
-    """
-    own = own_seconds(manifests)
-    spent: dict[str, Spent] = {}
-    for name, manifest in sorted(manifests.items(), key=lambda item: item[1].finished_at):
-        if name in SAME_PASS and SAME_PASS[name] in manifests:
-            continue
-        entry = spent.setdefault(planned_name(name, plan), Spent())
-        share = own[name] / manifest.seconds if manifest.seconds else 1.0
-        details = manifest.details
-        entry.seconds += own[name]
-        entry.counted &= bool(details.get("node_seconds"))
-        for group, seconds in (details.get("node_seconds") or {}).items():
-            entry.node_seconds[group] = entry.node_seconds.get(group, 0.0) + seconds * share
-        for kind in ("cpu_seconds", "gpu_seconds"):
-            if details.get(kind) is not None:
-                setattr(entry, kind, (getattr(entry, kind) or 0.0) + details[kind] * share)
-    return spent
-
-
-def planned_name(stage: str, plan: Mapping[str, Any] | None) -> str:
-    """The name of a manifest's stage in a plan."""
-    first, _, rest = stage.partition("/")
-    if first == "latents":
-        return "latents"
-    if plan is not None and stage == f"training/{plan.get('training')}":
-        return "training"
-    if first == "evaluation" and "/" in rest:
-        kind = rest.partition("/")[0]
-        return f"evaluation/{kind}" + ("" if kind == "images" else "/" + rest.rpartition("/")[2])
-    return stage
 
 
 def _prices(tables: RunTables, plan: Mapping[str, Any] | None) -> tuple[Prices, list[str]]:
@@ -221,10 +141,15 @@ def _group_rows(
     for entry in spent.values():
         for group, seconds in entry.node_seconds.items():
             actual[group] = actual.get(group, 0.0) + seconds
-    planned = plan["totals"]["node_seconds"] if plan else {}
+    # Of stages whose nodes were counted, so that both columns speak of the same work.
+    planned: dict[str, float] = {}
+    for stage in plan["stages"] if plan else []:
+        done = spent.get(stage["stage"])
+        for name, seconds in stage["node_seconds"].items() if done and done.counted else ():
+            planned[name] = planned.get(name, 0.0) + seconds["value"]
     rows = []
     for name in [*actual, *(n for n in planned if n not in actual)]:
-        expected = planned[name]["value"] if name in planned else None
+        expected = planned.get(name)
         price = prices.per_hour.get(name)
         rows.append(
             {

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from fifa_ray.report.cost import build, own_seconds, planned_name
+from fifa_ray.report.cost import build
 from fifa_ray.report.section import NotPlanned
+from fifa_ray.report.spent import own_seconds, planned_name
 from fifa_ray.report.tables import RunTables
 from fifa_ray.run_dir import Manifest
 
@@ -45,6 +46,8 @@ def test_totals_compare_only_what_was_planned_and_done(run):
     assert groups["gpu"]["node_seconds"] == 184.0
     assert groups["gpu"]["spot"]
     assert groups["cpu"]["node_seconds"] == 56.0
+    # Training was planned on these nodes too, but nobody counted them.
+    assert groups["cpu"]["predicted"] == pytest.approx(18.0)
     assert groups["cpu"]["cost"] == pytest.approx(56 * 3.6 / 3600)
 
 
