@@ -56,6 +56,7 @@ def build(tables: RunTables) -> Section:
         "groups": groups,
         "total": _total_row(stages),
         "currency": prices.currency,
+        "has_gpus": any(row["gpu_seconds"] for row in stages),
         "plan": plan,
         "planned_at": plan["planned_at"] if plan else None,
     }

@@ -68,7 +68,8 @@ def _changes_direction(character: str) -> bool:
 def _stages(tables: RunTables) -> Table:
     table = _table("Stages", ["stage"], ["rows in", "rows out", "quarantined", "seconds", "rows/s"])
     done = set()
-    for manifest in sorted(tables.manifests.values(), key=place_of_stage):
+    for name in sorted(tables.manifests, key=place_of_stage):
+        manifest = tables.manifests[name]
         done.add(manifest.stage.split("/")[0])
         rate = f"{manifest.rows_in / manifest.seconds:,.0f}" if manifest.seconds else NO_VALUE
         counts = (manifest.rows_in, manifest.rows_out, manifest.rows_quarantined)

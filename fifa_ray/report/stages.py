@@ -6,14 +6,18 @@ from typing import Any
 import yaml
 
 from fifa_ray.report.section import Absent, Section
+from fifa_ray.report.spent import own_seconds
 from fifa_ray.report.tables import RunTables
 from fifa_ray.run_dir import Manifest
 
 ORDER = ("pairs", "prompts", "rewards", "quality", "embeddings", "neighbors", "selected")
 # Not every run sets out to do these.
-LATER = ("training_data", "latents", "training", "evaluation")
+LATER = ("training_data", "latents", "training", "evaluation", "tuning")
 # Details that have a column or a section of their own.
-SHOWN_ELSEWHERE = {"cpu_seconds", "gpu_seconds", "sets", "terms", "dropped", "reward_models"}
+SHOWN_ELSEWHERE = {
+    "cpu_seconds", "gpu_seconds", "node_seconds", "work", "sets", "terms", "dropped",
+    "reward_models",
+}  # fmt: skip
 USERINFO = re.compile(r"(?<=://)[^/\s@]+@")
 
 
@@ -21,13 +25,13 @@ def stages(tables: RunTables) -> Section:
     """Rows, seconds, rows per second and cost of every complete stage."""
     if not tables.manifests:
         raise Absent("manifests/ is not in this run: no stage is complete.")
-    rows = [_stage_row(m) for m in sorted(tables.manifests.values(), key=place_of_stage)]
+    rows = [_stage_row(tables.manifests[n]) for n in sorted(tables.manifests, key=place_of_stage)]
     done = {row["stage"].split("/")[0] for row in rows}
     missing = [name for name in ORDER if name not in done]
     notes = (f"Not complete: {', '.join(missing)}.",) if missing else ()
     values = {
         "rows": rows,
-        "seconds": sum(row["seconds"] for row in rows),
+        "seconds": sum(own_seconds(tables.manifests).values()),
         "longest": max(row["seconds"] for row in rows) or 1.0,
     }
     return Section(template="stages.html.j2", values=values, notes=notes)
@@ -65,11 +69,11 @@ def settings(tables: RunTables) -> Section:
     return Section(template="settings.html.j2", values=values)
 
 
-def place_of_stage(manifest: Manifest) -> tuple[int, str]:
-    """Sort key that puts manifests in the order in which the stages run."""
-    first = manifest.stage.split("/")[0]
+def place_of_stage(stage: str) -> tuple[int, str]:
+    """Sort key that puts names of stages in the order in which they run."""
+    first = stage.split("/")[0]
     known = (*ORDER, *LATER)
-    return known.index(first) if first in known else len(known), manifest.stage
+    return known.index(first) if first in known else len(known), stage
 
 
 def without_secrets(value: Any) -> Any:
