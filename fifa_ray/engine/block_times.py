@@ -18,7 +18,9 @@ FRAME = ("_ReadItems", "_WritePartial")
 
 
 @dataclass
-class _Task:
+class Task:
+    """One call of an operator: when, the seconds of its blocks, its rows, the worker's memory."""
+
     started: float = float("inf")
     ended: float = 0.0
     seconds: float = 0.0
@@ -27,9 +29,11 @@ class _Task:
 
 
 @dataclass
-class _Operator:
+class Operator:
+    """A step of a dataset, with its tasks by what tells them apart."""
+
     name: str
-    tasks: dict[Any, _Task] = field(default_factory=lambda: defaultdict(_Task))
+    tasks: dict[Any, Task] = field(default_factory=lambda: defaultdict(Task))
 
 
 def describe_work(
@@ -42,20 +46,20 @@ def describe_work(
     remain. Empty where Ray Data kept no statistics.
     """
     return [
-        _describe(operator, rows, workers or 1)
+        describe_operator(operator, rows, workers or 1)
         for operator in _operators(dataset)
         if operator.tasks and not any(name in operator.name for name in FRAME)
     ]
 
 
-def _operators(dataset: "ray.data.Dataset") -> list[_Operator]:
+def _operators(dataset: "ray.data.Dataset") -> list[Operator]:
     # The public summary has no times of single blocks.
     executor = dataset._current_executor
     stats: Any = executor.get_stats() if executor is not None else None
-    found: list[_Operator] = []
+    found: list[Operator] = []
     while stats is not None:
         for name, blocks in stats.metadata.items():
-            operator = _Operator(name)
+            operator = Operator(name)
             for block in blocks:
                 _add(operator, block)
             found.append(operator)
@@ -63,7 +67,7 @@ def _operators(dataset: "ray.data.Dataset") -> list[_Operator]:
     return found[::-1]
 
 
-def _add(operator: _Operator, block: Any) -> None:
+def _add(operator: Operator, block: Any) -> None:
     times = block.exec_stats
     if times is None or times.wall_time_s is None:
         return
@@ -76,7 +80,8 @@ def _add(operator: _Operator, block: Any) -> None:
         task.memory = max(task.memory, block.task_exec_stats.max_uss_bytes or 0)
 
 
-def _describe(operator: _Operator, rows: int, workers: int) -> dict[str, Any]:
+def describe_operator(operator: Operator, rows: int, workers: int) -> dict[str, Any]:
+    """The numbers of one operator, see `describe_work`."""
     tasks = sorted(operator.tasks.values(), key=lambda task: task.started)
     warm = tasks[workers:] if len(tasks) > workers else tasks
     rows_of_all = sum(task.rows for task in tasks) or 1
@@ -99,7 +104,7 @@ def _describe(operator: _Operator, rows: int, workers: int) -> dict[str, Any]:
     }
 
 
-def _covered(tasks: Sequence[_Task]) -> float:
+def _covered(tasks: Sequence[Task]) -> float:
     """Seconds in which at least one task was running."""
     seconds, until = 0.0, float("-inf")
     for task in sorted(tasks, key=lambda task: task.started):
