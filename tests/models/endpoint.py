@@ -61,8 +61,13 @@ Script = Callable[[str, int], Reply]
 class Endpoint:
     """The running server: `url`, and what it saw."""
 
-    def __init__(self, script: Script, accepts: Callable[[dict[str, Any]], bool] | None = None):
-        """`accepts`: requests for which it is False are refused with status 400."""
+    def __init__(
+        self,
+        script: Script,
+        accepts: Callable[[dict[str, Any]], bool] | None = None,
+        port: int = 0,
+    ):
+        """`accepts`: requests for which it is False are refused with status 400; `port` 0: any."""
         self.script, self.accepts = script, accepts or (lambda request: True)
         self.asked: Counter[str] = Counter()
         self.requests: list[dict[str, Any]] = []
@@ -79,7 +84,7 @@ class Endpoint:
             def log_message(self, *args: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
 
