@@ -9,15 +9,9 @@ from typing import Any
 from fifa_ray import __version__
 from fifa_ray.config import FifaConfig, read_prices
 from fifa_ray.engine.cluster import connect
-from fifa_ray.engine.plan_sample import (
-    DatasetSize,
-    Sample,
-    cluster_groups,
-    measure_size,
-    run_sample,
-    sample_folder,
-)
+from fifa_ray.engine.plan_sample import Sample, cluster_groups, run_sample, sample_folder
 from fifa_ray.engine.plan_scope import check_rates, stages_to_measure
+from fifa_ray.engine.plan_size import DatasetSize, measure_size
 from fifa_ray.engine.plan_stages import Planner, to_groups
 from fifa_ray.planning.estimates import Estimate
 from fifa_ray.planning.record import group_records, plan_lines, stage_record, totals_record
@@ -114,6 +108,7 @@ def _dataset_record(size: DatasetSize) -> dict[str, Any]:
         "pairs_from": size.pairs_from,
         "prompts": vars(size.prompts),
         "prompts_from": size.prompts_from,
+        "images": None if size.images is None else vars(size.images),
     }
 
 

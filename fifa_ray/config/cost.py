@@ -5,6 +5,13 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from fifa_ray.config.sections import NAME_PATTERN, Section
+from fifa_ray.config.suggestions import suggest
+
+# First words of the names of stages.
+STAGES = (
+    "pairs", "rewards", "quality", "embeddings", "neighbors", "selected", "latents", "training",
+    "evaluation",
+)  # fmt: skip
 
 
 class NodeGroup(Section):
@@ -36,6 +43,15 @@ class NodeGroup(Section):
         description="Seconds that a node is paid for without work each time it joins: start and "
         "idling before it is taken away.",
     )
+
+    @model_validator(mode="after")
+    def _known_stages(self) -> Self:
+        for stage in self.stages or ():
+            word = stage.partition("/")[0]
+            if word not in STAGES:
+                hint = suggest(word, STAGES) or f"; there are {', '.join(STAGES)}"
+                raise ValueError(f"group {self.name} lists the unknown stage {stage!r}{hint}")
+        return self
 
 
 class PricesConfig(Section):

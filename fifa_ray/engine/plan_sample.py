@@ -21,62 +21,25 @@ from fifa_ray.config import ActorsConfig, ConfigError, FifaConfig, JudgeConfig, 
 from fifa_ray.engine.cluster import actor_need
 from fifa_ray.engine.embed import run_embed
 from fifa_ray.engine.evaluate import run_evaluate
-from fifa_ray.engine.ingest import ingest_fingerprint, run_ingest
 from fifa_ray.engine.judge import run_judge
 from fifa_ray.engine.neighbors import run_neighbors
 from fifa_ray.engine.node_seconds import group_of
 from fifa_ray.engine.nodes import alive_nodes, room
+from fifa_ray.engine.plan_size import PIECE
 from fifa_ray.engine.rewards import run_rewards
 from fifa_ray.engine.select import run_select
 from fifa_ray.engine.train import run_train
 from fifa_ray.engine.train_metrics import read_metrics
-from fifa_ray.planning.estimates import Estimate, distinct_prompts
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint, part_name
-from fifa_ray.sources import SampledSource, count_rows, open_source
 
 logger = logging.getLogger(__name__)
 
-# Rows that lie together in the source: as many images as most models take at once.
-PIECE = 64
-METADATA_PIECES = 16
 # A worker needs a block to warm up and some to be measured.
 BLOCKS_PER_WORKER = 3
 TRAIN_STEPS = 6
 EVALUATION_PROMPTS = 32
 SELECTED = "selected"
 SMALL_SELECTION = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetSize:
-    """Pairs and distinct prompts of the whole dataset, and how each is known.
-
-    prompt_bytes: of the text of a prompt; None where none was read.
-    """
-
-    rows: int
-    pairs: Estimate
-    prompts: Estimate
-    pairs_from: str
-    prompts_from: str
-    prompt_bytes: float | None = None
-
-    def with_given(self, num_pairs: int | None, num_prompts: int | None) -> "DatasetSize":
-        """The same with what is known from elsewhere; prompts follow the pairs' number."""
-        size = self
-        if num_pairs is not None:
-            share = num_pairs / self.pairs.value
-            size = replace(
-                size,
-                rows=round(self.rows * share),
-                pairs=Estimate.sure(num_pairs),
-                pairs_from="given",
-                prompts=self.prompts * share,
-                prompts_from=f"{self.prompts_from}; then scaled with the pairs",
-            )
-        if num_prompts is not None:
-            size = replace(size, prompts=Estimate.sure(num_prompts), prompts_from="given")
-        return size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,70 +86,6 @@ def sample_folder(run: RunDir, config: FifaConfig) -> str:
     cost = config.cost
     key = fingerprint(nodes, cost.sample_pairs, cost.sample_prompts, cost.sample_rows)
     return f"{run.uri.rstrip('/')}/plan/{key[:8]}"
-
-
-def measure_size(run: RunDir, config: FifaConfig, folder: str) -> tuple[DatasetSize, Manifest]:
-    """Count the dataset's rows, and estimate its pairs and prompts from many rows' metadata.
-
-    A complete ingest of the same source, or a sample of all rows, leaves nothing to estimate.
-    """
-    source = open_source(config.ingest, config.images)
-    rows, exact = count_rows(source)
-    if not rows:
-        raise ValueError(f"{config.ingest.source} holds no rows")
-    # The small one first: like that of a run it starts Ray's workers, the second one does not.
-    _ingest_sample(RunDir(f"{folder}/sample"), config, rows, config.cost.sample_pairs, PIECE)
-    metadata = RunDir(f"{folder}/metadata")
-    wanted = min(rows, config.cost.sample_rows)
-    manifest = _ingest_sample(metadata, config, rows, wanted, -(-wanted // METADATA_PIECES))
-    texts = metadata.read_table("prompts", columns=["prompt"]).column("prompt")
-    prompt_bytes = texts.nbytes / max(1, len(texts))
-    whole = run.manifest("pairs")
-    if whole is not None and whole.fingerprint == ingest_fingerprint(config, source):
-        prompts = whole.details["distinct_prompts"]
-        known = "counted: ingest is complete"
-        size = DatasetSize(
-            rows=rows,
-            pairs=Estimate.sure(whole.rows_out),
-            prompts=Estimate.sure(prompts),
-            pairs_from=known,
-            prompts_from=known,
-            prompt_bytes=prompt_bytes,
-        )
-        return size, manifest
-    pieces = [
-        metadata.read_table("pairs", name, columns=[schema.PROMPT_ID]).column(0).to_numpy()
-        for name in metadata.list("pairs")
-    ]
-    pairs_per_row = manifest.rows_out / wanted
-    counted = "counted" if exact else "estimated from some shards"
-    how = f"{rows:,} rows {counted}, usable pairs a row from the metadata of {wanted:,}"
-    size = DatasetSize(
-        rows=rows,
-        pairs=Estimate.sure(pairs_per_row * rows),
-        prompts=distinct_prompts(pieces, round(pairs_per_row * rows)),
-        pairs_from=how,
-        prompts_from=f"estimated from {wanted:,} of {rows:,} rows, taking prompts to repeat in "
-        "the rest as they do across the sample's pieces (first-order jackknife); low: those seen, "
-        "high: no other repeats"
-        if wanted < rows
-        else "counted in the metadata of all rows",
-        prompt_bytes=prompt_bytes,
-    )
-    return size, manifest
-
-
-def _ingest_sample(
-    run: RunDir, config: FifaConfig, rows: int, num_rows: int, piece: int
-) -> Manifest:
-    """Ingest up to `num_rows` of `rows` rows in pieces spread over the source."""
-    num_rows = min(rows, num_rows)
-    pieces = max(1, -(-num_rows // piece))
-    # Chunks as large as the pieces allow: a piece is the head of one, and of its row group.
-    ingest = config.ingest.model_copy(update={"rows_per_part": max(piece, rows // pieces)})
-    config = config.model_copy(update={"ingest": ingest, "max_quarantine_fraction": 1.0})
-    source = SampledSource(open_source(ingest, config.images), num_rows, piece)
-    return run_ingest(run, config, source)
 
 
 def run_sample(

@@ -20,8 +20,9 @@ from fifa_ray.engine.plan_measured import (
     measured_work,
     sampled_manifest,
 )
-from fifa_ray.engine.plan_sample import DatasetSize, Sample, cluster_groups
+from fifa_ray.engine.plan_sample import Sample, cluster_groups
 from fifa_ray.engine.plan_scope import scorer_names
+from fifa_ray.engine.plan_size import DatasetSize
 from fifa_ray.engine.rewards import PAIRS_PER_ITEM
 from fifa_ray.planning.estimates import (
     INGEST_SECONDS,
@@ -43,6 +44,9 @@ from fifa_ray.run_dir import Manifest
 ASSUMED_BYTES = {"pairs": 80.0, "rewards": 20.0, "quality": 150.0, "neighbors": 16.0}
 # A held-out pair is measured forward alone, about a third of an update.
 VALIDATION_SHARE = 1 / 3
+TOO_SMALL = (
+    "so few blocks do not tell start-up from work: raise cost.sample_pairs and cost.sample_prompts"
+)
 # Start-up of a stage without models, where none was measured.
 CPU_STAGE_SECONDS = 5.0
 
@@ -246,7 +250,7 @@ class Planner:
         gpus = self._gpus(name, actors.num_gpus)
         rate, start, source = self._given(name), *self._start()
         decoding = memory = None
-        notes: tuple[str, ...] = ()
+        doubts: tuple[str, ...] = ()
         if rate is None:
             manifest = self._manifest(name)
             assert manifest is not None, name
@@ -254,9 +258,11 @@ class Planner:
             start, source = Estimate.unsure(seconds), "measured"
             memory = times["peak_memory_bytes"]
             if rate.blocks < 2 or not times["tasks_warming_up"]:
-                notes = ("the sample is too small to tell start-up from work: use more pairs",)
+                doubts = (TOO_SMALL,)
             if gpus and not manifest.details.get("gpu_seconds"):
-                notes += ("measured without a GPU but planned on one: give its rate in cost.rates",)
+                doubts += (
+                    "measured without a GPU but planned on one: give its rate in cost.rates",
+                )
         return StageWork(
             stage=name,
             unit=unit,
@@ -270,7 +276,7 @@ class Planner:
             decoding=decoding,
             bytes_per_row=self._bytes(name),
             groups=self._groups_of(actors.label_selector),
-            notes=notes,
+            doubts=doubts,
         )
 
     def _given(self, stage: str) -> Rate | None:

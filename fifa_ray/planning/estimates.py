@@ -102,11 +102,11 @@ def self_join_seconds(rows: float, dimension: int, *, exact: bool) -> float:
     return JOIN_ANCHOR_SECONDS * scale * dimension / JOIN_DIMENSION
 
 
-def distinct_prompts(pieces: Sequence[np.ndarray], total_rows: int) -> Estimate:
-    """Distinct prompts among `total_rows`, from the prompt ids of pieces spread over the rows.
+def distinct_values(pieces: Sequence[np.ndarray], total: int) -> Estimate:
+    """Distinct values (prompts, images) among `total`, from pieces spread over them.
 
-    pieces: int64 (R_i,) per piece, one id a row. Rows of a prompt often stand together, so not rows
-    but the distinct prompts of each piece count as draws, and are taken as random ones: the
+    pieces: int64 (R_i,) ids in the order of the source. Equal ones often stand together, so not
+    rows but the distinct values of each piece count as draws, and are taken as random ones: the
     first-order jackknife for the number of classes (Haas and Stokes 1998, D_uj1). Low: those that
     were seen. High: no draw outside the sample repeats another.
     """
@@ -115,7 +115,7 @@ def distinct_prompts(pieces: Sequence[np.ndarray], total_rows: int) -> Estimate:
         return Estimate.sure(0.0)
     draws = np.concatenate([np.unique(piece) for piece in pieces])
     seen, times = np.unique(draws, return_counts=True)
-    share = min(1.0, rows / total_rows)
+    share = min(1.0, rows / total)
     if share == 1.0:
         return Estimate.sure(float(len(seen)))
     once = (times == 1).sum() / len(draws)

@@ -71,6 +71,8 @@ def plan_lines(plan: Mapping[str, Any]) -> Iterator[str]:
     for name in ("pairs", "prompts"):
         count = dataset[name]
         yield f"{name.capitalize()}: {_count(count)} ({dataset[f'{name}_from']})"
+    if dataset["images"]:
+        yield f"Images: {_count(dataset['images'])} (by the dataset's names, likewise)"
     sample = plan["sample"]
     if sample:
         yield (

@@ -74,7 +74,9 @@ class StageWork:
     bytes_per_row: float | None = None
     # Groups that may hold the workers; None: any that lists the stage.
     groups: tuple[str, ...] | None = None
+    # What the numbers rest on, and why they may be far off.
     notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> Estimate | None:
@@ -118,7 +120,7 @@ def predict_stage(work: StageWork, groups: Sequence[Group]) -> StagePrediction |
     # The last pieces leave some workers idle.
     rounds = math.ceil(work.pieces / workers) * workers / work.pieces if work.pieces > 1 else 1.0
     busy = work.rows * work.rate.seconds_per_row * (rounds / workers)
-    warnings: list[str] = []
+    warnings = list(work.doubts)
     if work.decoding is not None:
         needed = work.rows * work.decoding.seconds_per_row
         cores = nodes[main.name] * main.cpus - workers * work.worker.cpus

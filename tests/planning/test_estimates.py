@@ -7,7 +7,7 @@ from scipy import stats
 from fifa_ray.planning.estimates import (
     Estimate,
     assumed_rate,
-    distinct_prompts,
+    distinct_values,
     given_rate,
     measured_rate,
     self_join_seconds,
@@ -16,12 +16,12 @@ from fifa_ray.planning.estimates import (
 
 def test_the_sample_itself_is_counted():
     pieces = [np.array([1, 1, 2]), np.array([2, 3])]
-    assert distinct_prompts(pieces, 5) == Estimate.sure(3.0)
+    assert distinct_values(pieces, 5) == Estimate.sure(3.0)
 
 
 def test_prompts_that_never_repeat_grow_with_the_rows():
     pieces = [np.arange(100), np.arange(100, 200)]
-    found = distinct_prompts(pieces, 2000)
+    found = distinct_values(pieces, 2000)
     assert found.value == pytest.approx(2000)
     assert found.low == 200
     assert found.high == pytest.approx(2000)
@@ -30,7 +30,7 @@ def test_prompts_that_never_repeat_grow_with_the_rows():
 def test_repeats_inside_a_piece_are_not_repeats_across_the_dataset():
     # Each prompt has 4 rows that stand together: a quarter of the rows are prompts.
     pieces = [np.repeat(np.arange(i, i + 25), 4) for i in (0, 500, 900)]
-    assert distinct_prompts(pieces, 12_000).value == pytest.approx(3000)
+    assert distinct_values(pieces, 12_000).value == pytest.approx(3000)
 
 
 @pytest.mark.parametrize(("prompts", "copies"), [(500, 8), (5000, 3)])
@@ -38,7 +38,7 @@ def test_shuffled_rows_of_equally_common_prompts(prompts, copies):
     rng = np.random.default_rng(3)
     rows = rng.permutation(np.repeat(np.arange(prompts), copies))
     pieces = [rows[start : start + 60] for start in range(0, len(rows), len(rows) // 20)]
-    found = distinct_prompts(pieces, len(rows))
+    found = distinct_values(pieces, len(rows))
     assert found.value == pytest.approx(prompts, rel=0.15)
     assert found.low <= prompts <= found.high
 
