@@ -111,10 +111,14 @@ def _of_reward(run: RunDir, config: FifaConfig, reward: RewardConfig) -> Scorer:
     else:
         build_image_transform(reward.kind, reward.weights, options=reward.options)
         load = partial(load_reward_scorer, reward)
+    part = took_part(config, reward)
+    return Scorer(reward.name, reward.kind, part, identity, load, reward.actors)
+
+
+def took_part(config: FifaConfig, reward: RewardConfig) -> bool:
+    """Whether selections go by this reward, or by the same model under another name."""
     voted = [r for r in config.rewards if r.vote_weight > 0]
-    # The same model under another name is not independent.
-    took_part = any((r.kind, r.weights) == (reward.kind, reward.weights) for r in voted)
-    return Scorer(reward.name, reward.kind, took_part, identity, load, reward.actors)
+    return any((r.kind, r.weights) == (reward.kind, reward.weights) for r in voted)
 
 
 def load_reward_scorer(reward: RewardConfig, device: str) -> ImageScorer:
