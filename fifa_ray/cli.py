@@ -145,6 +145,31 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
 @main.command()
 @click.argument("run")
 @_explained
+@main.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Print what is searched and its cost, and stop.")
+@_explained
+def tune(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Search selections and trainings for the best win rate that a budget can buy.
+
+    CONFIG is a YAML file, a preset, or the folder of a filtered run, e.g. `fifa tune runs/x
+    tune.budget.gpu_seconds=7200`. Nothing is scored again, the budget is never exceeded, and the
+    same command goes on where it was.
+    """
+    from fifa_ray import tuning
+
+    if dry_run:
+        for line in tuning.plan(config, overrides):
+            click.echo(line)
+        return
+    run, results = tuning.tune(config, overrides)
+    for line in tuning.tuning_lines(run, results):
+        click.echo(line)
+    if run.exists("report.html"):
+        click.echo(f"Report: {run.path('report.html')}")
+
+
 def report(run: str) -> None:
     """Write RUN's report.html again."""
     from fifa_ray.pipeline import open_run

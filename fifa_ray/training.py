@@ -63,5 +63,6 @@ def save_config(run: RunDir, config: FifaConfig) -> None:
     """Keep the settings with the run; what filtered it stays as it was."""
     if run.exists(SAVED_CONFIG):
         _, saved = open_run(run.uri)
-        config = saved.model_copy(update={"train": config.train, "evaluate": config.evaluate})
+        own = {"train": config.train, "evaluate": config.evaluate, "tune": config.tune}
+        config = saved.model_copy(update=own)
     run.write_text(dump_config(config), SAVED_CONFIG)

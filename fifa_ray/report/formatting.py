@@ -5,6 +5,15 @@ from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
 NO_VALUE = "\N{EN DASH}"
+# How a trial of a search ended, by its status.
+TRIAL_ENDS = {
+    "complete": "trained to the end",
+    "stopped": "stopped early",
+    "budget": "cut short by the budget",
+    "failed": "failed",
+    "crashed": "crashed",
+    "running": "interrupted",
+}
 SET_NAMES = {"all": "all pairs", "kept": "kept"}
 
 

@@ -30,6 +30,7 @@ from fifa_ray.report import (
     terms,
     training,
 )
+    tuning,
 from fifa_ray.report.formatting import FILTERS
 from fifa_ray.report.section import Absent, NotPlanned, Section
 from fifa_ray.report.tables import RunTables
@@ -47,6 +48,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[RunTables], Section]], ...] = (
     ("training", "How the training went", "Training", training.build),
     ("evaluation", "Whether the tuned model is better", "Evaluation", evaluation.build),
     ("distributions", "The terms of the score", "Terms", terms.distributions),
+    ("tuning", "What the search has found", "Search", tuning.build),
     (
         "scatter",
         "Reward margin against prompt quality",
