@@ -147,6 +147,11 @@ class JudgeConfig(Section):
     def _endpoint(self) -> "JudgeConfig":
         if self.enabled and self.engine == "openai" and not self.endpoint:
             raise ValueError("engine openai needs an endpoint, e.g. http://localhost:8000/v1")
+        if self.engine == "vllm" and self.actors.label_selector:
+            raise ValueError(
+                "engine vllm places its actors by resources alone: set actors.num_gpus and leave "
+                "out actors.label_selector"
+            )
         return self
 
 

@@ -23,10 +23,16 @@ class ActorsConfig(Section):
     num_gpus: float | None = Field(
         None,
         ge=0,
-        description="GPUs per actor, fractions allowed; null: 1 where the cluster has a GPU, "
-        "else 0.",
+        description="GPUs per actor, fractions allowed; null: 1 where the cluster has a GPU or "
+        "can add one, else 0.",
     )
     num_cpus: float = Field(1.0, gt=0, description="CPU cores per actor, also its torch threads.")
+    label_selector: dict[str, str] | None = Field(
+        None,
+        description="Labels of the nodes that may hold these actors, in Ray's words, e.g. "
+        "{fifa-ray/work: reward}; an autoscaler knows those in its group's `labels`. null: any "
+        "node that has the resources.",
+    )
     runtime_env: dict[str, Any] | None = Field(
         None, description="Ray runtime_env of these actors alone, e.g. {pip: [...]}."
     )

@@ -85,6 +85,12 @@ class RayConfig(Section):
         None, ge=80_000_000, description="Object store of a local cluster in bytes; null: Ray's."
     )
     runtime_env: dict[str, Any] | None = Field(None, description="runtime_env of the whole job.")
+    wait_seconds: float = Field(
+        3600.0,
+        ge=0,
+        description="Longest wait of a stage for nodes that the cluster can add, or for room on "
+        "those it has, seconds.",
+    )
 
 
 class FifaConfig(Section):

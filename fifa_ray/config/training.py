@@ -135,7 +135,12 @@ class TrainConfig(Section):
         1.0, gt=0, description="CPU cores of a worker, also its torch threads on CPUs."
     )
     use_gpu: bool | None = Field(
-        None, description="One GPU per worker; null: where the cluster has GPUs."
+        None, description="One GPU per worker; null: where the cluster has or can add GPUs."
+    )
+    label_selector: dict[str, str] | None = Field(
+        None,
+        description="Labels of the nodes that may hold workers, e.g. {fifa-ray/work: train}; null: "
+        "any node that has the resources.",
     )
     precision: Precision = Field(
         "auto", description="Compute type; auto: bfloat16 on a GPU, float32 on a CPU."

@@ -9,7 +9,8 @@ import ray.data
 
 from fifa_ray import schema
 from fifa_ray.config import EmbedConfig, FifaConfig
-from fifa_ray.engine.cluster import actor_pool, gpus_per_actor
+from fifa_ray.engine.cluster import actor_need, actor_pool, device_of, require_device
+from fifa_ray.engine.nodes import wait_for_nodes
 from fifa_ray.engine.prompt_stage import run_prompt_stage
 from fifa_ray.models.text_encoder import TextEncoder, build_text_encoder
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint
@@ -40,14 +41,14 @@ def run_embed(run: RunDir, config: FifaConfig) -> Manifest:
     if found is not None and found.fingerprint == stage_fingerprint:
         logger.info("%s: already complete, %s rows", STAGE, f"{found.rows_out:,}")
         return found
-    info = _encoder_info(settings)
+    info = _encoder_info(settings, config.ray.wait_seconds)
     pool: dict[str, Any] = {}
 
     def transform(rows: "ray.data.Dataset") -> "ray.data.Dataset":
-        pool.update(actor_pool(settings.actors))
+        pool.update(actor_pool(STAGE, settings.actors, wait_seconds=config.ray.wait_seconds))
         return rows.map_batches(
             _Embed,
-            fn_constructor_args=(settings, _device(settings), info["dimension"]),
+            fn_constructor_args=(settings, device_of(pool), info["dimension"]),
             batch_size=None,
             batch_format="pyarrow",
             **pool,
@@ -84,6 +85,7 @@ class _Embed:
 def _load(settings: EmbedConfig, device: str) -> TextEncoder:
     import torch
 
+    require_device(device)
     torch.set_num_threads(max(1, int(settings.actors.num_cpus)))
     return build_text_encoder(
         settings.kind,
@@ -95,15 +97,19 @@ def _load(settings: EmbedConfig, device: str) -> TextEncoder:
     )
 
 
-def _encoder_info(settings: EmbedConfig) -> dict[str, Any]:
+def _encoder_info(settings: EmbedConfig, wait_seconds: float) -> dict[str, Any]:
     """What a worker says of the model once it has loaded it: the driver loads no weights."""
+    need = actor_need(settings.actors, wait_seconds=wait_seconds)
+    wait_for_nodes(STAGE, need, wait_seconds=wait_seconds)
+    gpus = need.resources.get("GPU", 0.0)
     task = _load_info.options(
         num_cpus=settings.actors.num_cpus,
-        num_gpus=gpus_per_actor(settings.actors),
+        num_gpus=gpus,
+        label_selector=settings.actors.label_selector,
         runtime_env=settings.actors.runtime_env,
     )
     try:
-        info: dict[str, Any] = ray.get(task.remote(settings, _device(settings)))
+        info: dict[str, Any] = ray.get(task.remote(settings, "cuda" if gpus else "cpu"))
     except ray.exceptions.RayTaskError as error:
         raise error.as_instanceof_cause() from None
     return info
@@ -112,7 +118,3 @@ def _encoder_info(settings: EmbedConfig) -> dict[str, Any]:
 @ray.remote(max_calls=1)
 def _load_info(settings: EmbedConfig, device: str) -> dict[str, Any]:
     return _load(settings, device).info
-
-
-def _device(settings: EmbedConfig) -> str:
-    return "cuda" if gpus_per_actor(settings.actors) else "cpu"

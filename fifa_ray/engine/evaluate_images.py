@@ -70,6 +70,7 @@ def run_images(
         DrawParts,
         lambda device: (run, by_stage, sampling, settings, device),
         actors=settings.actors,
+        wait_seconds=config.ray.wait_seconds,
         label="evaluation/images",
         parts_per_task=1,
         max_quarantine_fraction=config.max_quarantine_fraction,

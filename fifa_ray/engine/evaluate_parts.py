@@ -18,13 +18,15 @@ from pyarrow import parquet as pq
 
 from fifa_ray import schema
 from fifa_ray.config import ActorsConfig
+from fifa_ray.engine.block_times import describe_work
 from fifa_ray.engine.cluster import (
     actor_pool,
-    gpus_per_actor,
+    device_of,
+    pool_size,
     quiet_ray_data,
-    reserved_seconds,
 )
 from fifa_ray.engine.map_stage import check_quarantine
+from fifa_ray.engine.observed import observed, publish, reserved
 from fifa_ray.engine.progress import Progress
 from fifa_ray.run_dir import Manifest, RunDir
 
@@ -47,6 +49,7 @@ class PartsStage:
     details: dict[str, Any]
 
 
+@observed(lambda *_, label, **__: label)
 def run_parts_stages(
     run: RunDir,
     stages: Sequence[PartsStage],
@@ -54,6 +57,7 @@ def run_parts_stages(
     arguments: Callable[[str], tuple[Any, ...]],
     *,
     actors: ActorsConfig,
+    wait_seconds: float,
     label: str,
     parts_per_task: int,
     max_quarantine_fraction: float,
@@ -62,7 +66,7 @@ def run_parts_stages(
 
     `worker` is a class whose instances map rows (stage, input, part) to a column `rows` that counts
     what they did; `arguments(device)` are those of its constructor. Raises RuntimeError when more
-    rows of a stage are quarantined than allowed.
+    rows of a stage are quarantined than allowed, and what `actor_pool` raises.
     """
     started = time.monotonic()
     changed: list[PartsStage] = []
@@ -80,14 +84,15 @@ def run_parts_stages(
             if part not in there
         ]
     pool: dict[str, Any] = {}
+    work: list[dict[str, Any]] = []
     if todo:
-        pool |= actor_pool(actors)
-        device = "cuda" if gpus_per_actor(actors) else "cpu"
-        _work_off(run, todo, worker, arguments(device), pool, label, parts_per_task)
-    seconds = (time.monotonic() - started) / max(1, len(changed))
-    cost = reserved_seconds(pool, seconds)
+        pool |= actor_pool(label, actors, wait_seconds=wait_seconds)
+        work = _work_off(run, todo, worker, arguments(device_of(pool)), pool, label, parts_per_task)
+    share = 1 / max(1, len(changed))
+    seconds = (time.monotonic() - started) * share
+    cost = {name: amount * share for name, amount in reserved(pool).items()}
     for stage in changed:
-        _publish(run, stage, seconds, cost, max_quarantine_fraction)
+        _publish(run, stage, seconds, cost | {"work": work}, max_quarantine_fraction, share)
     found = [run.manifest(stage.name) for stage in stages]
     return [manifest for manifest in found if manifest is not None]
 
@@ -116,7 +121,7 @@ def _work_off(
     pool: dict[str, Any],
     label: str,
     parts_per_task: int,
-) -> None:
+) -> list[dict[str, Any]]:
     import ray.data
 
     quiet_ray_data()
@@ -133,6 +138,7 @@ def _work_off(
     for batch in receipts.iter_batches(batch_size=None, batch_format="numpy"):
         progress.advance(int(batch["rows"].sum()))
     progress.close()
+    return describe_work(receipts, progress.total, pool_size(pool))
 
 
 def _part_sizes(run: RunDir, table: str) -> dict[str, int]:
@@ -146,8 +152,9 @@ def _publish(
     run: RunDir,
     stage: PartsStage,
     seconds: float,
-    cost: dict[str, float],
+    cost: dict[str, Any],
     max_quarantine_fraction: float,
+    share: float,
 ) -> None:
     quarantined = run.read_table(
         "quarantine", *stage.name.split("/"), columns=["reason"], schema=schema.QUARANTINE
@@ -165,4 +172,4 @@ def _publish(
         details=stage.details | ({"model": info} if info else {}) | cost,
     )
     check_quarantine(manifest, max_quarantine_fraction, run)
-    run.publish(manifest)
+    publish(run, manifest, share=share)

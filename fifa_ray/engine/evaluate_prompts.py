@@ -17,6 +17,7 @@ import pyarrow.fs as pafs
 from fifa_ray import schema
 from fifa_ray.config import ConfigError, FifaConfig
 from fifa_ray.engine.evaluate_models import EvaluatedModel, trained_prompts
+from fifa_ray.engine.observed import observed, publish
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint, part_name
 from fifa_ray.sources.prompt_sets import (
     PROMPT_SET,
@@ -33,6 +34,7 @@ HELD_OUT = "held_out"
 IMAGES_PER_PART = 16
 
 
+@observed(lambda *_: STAGE)
 def run_prompts(run: RunDir, config: FifaConfig, models: list[EvaluatedModel]) -> Manifest:
     """Choose the prompts and write the table; at once if it is the same as before.
 
@@ -54,7 +56,8 @@ def run_prompts(run: RunDir, config: FifaConfig, models: list[EvaluatedModel]) -
     run.invalidate(STAGE)
     for index, start in enumerate(range(0, len(rows), IMAGES_PER_PART)):
         run.write_table(rows.slice(start, IMAGES_PER_PART), STAGE, part_name(index))
-    return run.publish(
+    return publish(
+        run,
         Manifest(
             stage=STAGE,
             fingerprint=stage_fingerprint,
@@ -67,7 +70,7 @@ def run_prompts(run: RunDir, config: FifaConfig, models: list[EvaluatedModel]) -
                 "images_per_prompt": settings.images_per_prompt,
             },
             details={"num_prompts": len(prompts), "num_images": len(rows)},
-        )
+        ),
     )
 
 

@@ -17,6 +17,7 @@ from fifa_ray.engine.evaluate_images import images_stage
 from fifa_ray.engine.evaluate_models import EvaluatedModel
 from fifa_ray.engine.evaluate_rewards import rewards_stage
 from fifa_ray.engine.evaluate_scorers import Scorer
+from fifa_ray.engine.observed import observed, publish
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint
 from fifa_ray.scoring.win_rate import Resampling, compare, compare_by_category
 
@@ -25,6 +26,7 @@ RESULTS = ("evaluation", "results.json")
 PROMPTS = "evaluation/prompts"
 
 
+@observed(lambda *_: STAGE)
 def write_results(
     run: RunDir, config: FifaConfig, models: list[EvaluatedModel], scorers: list[Scorer]
 ) -> dict[str, Any]:
@@ -73,14 +75,15 @@ def write_results(
     }
     run.invalidate(STAGE)
     run.write_text(json.dumps(results, indent=2, allow_nan=False), *RESULTS)
-    run.publish(
+    publish(
+        run,
         Manifest(
             stage=STAGE,
             fingerprint=fingerprint(results),
             rows_in=len(comparisons),
             rows_out=len(comparisons),
             config=settings.model_dump(mode="json"),
-        )
+        ),
     )
     return results
 

@@ -58,6 +58,7 @@ def run_scorer(
         ScoreParts,
         lambda device: (run, scorer.load, device, threads, config.images.max_pixels),
         actors=scorer.actors,
+        wait_seconds=config.ray.wait_seconds,
         label=f"evaluation/rewards/*/{scorer.name}",
         parts_per_task=PARTS_PER_TASK,
         max_quarantine_fraction=config.max_quarantine_fraction,

@@ -27,7 +27,9 @@ import ray
 
 from fifa_ray import schema
 from fifa_ray.config import FifaConfig, IngestConfig
+from fifa_ray.engine.cluster import tasks_in_flight
 from fifa_ray.engine.ingest_rows import DROPPED, EXCHANGE, drop_pairs, map_rows, resolve_prompts
+from fifa_ray.engine.observed import observed, publish
 from fifa_ray.engine.progress import Progress
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint, part_name
 from fifa_ray.sources import Source, SourceChunk, open_source
@@ -56,17 +58,19 @@ class RowCounts:
     examples: dict[str, str] = field(default_factory=dict)
 
 
-def run_ingest(run: RunDir, config: FifaConfig) -> Manifest:
+@observed(lambda *_, **__: "pairs")
+def run_ingest(run: RunDir, config: FifaConfig, source: Source | None = None) -> Manifest:
     """Make `pairs/` and `prompts/`, publish both stages, and return the manifest of `pairs`.
 
+    `source`: the dataset, where it is not simply the configured one, such as a sample of that.
     Raises ValueError where the source is not there, has another format, is empty or has no usable
     pair; RuntimeError where damaged rows (every reason but tie, unlabelled and duplicate) are a
     larger share than `max_quarantine_fraction`.
     """
     started = time.monotonic()
-    source = open_source(config.ingest, config.images)
+    source = source or open_source(config.ingest, config.images)
     settings = config.ingest.model_dump(mode="json")
-    identity = fingerprint("ingest", VERSION, settings, source.identity())
+    identity = ingest_fingerprint(config, source)
     found = run.manifest("pairs")
     if found is not None and found.fingerprint == identity and run.is_complete("prompts", identity):
         logger.info("ingest: already complete, %s pairs", f"{found.rows_out:,}")
@@ -96,7 +100,8 @@ def run_ingest(run: RunDir, config: FifaConfig) -> Manifest:
         "config": settings,
     }
     run.publish(Manifest(stage="prompts", rows_in=num_prompts, rows_out=num_prompts, **common))
-    manifest = run.publish(
+    manifest = publish(
+        run,
         Manifest(
             stage="pairs",
             rows_in=mapped.rows_in,
@@ -109,10 +114,16 @@ def run_ingest(run: RunDir, config: FifaConfig) -> Manifest:
                 "examples": written.examples,
             },
             **common,
-        )
+        ),
     )
     run.remove(*PARTIAL)
     return manifest
+
+
+def ingest_fingerprint(config: FifaConfig, source: Source) -> str:
+    """From which dataset and settings `pairs/` and `prompts/` come."""
+    settings = config.ingest.model_dump(mode="json")
+    return fingerprint("ingest", VERSION, settings, source.identity())
 
 
 def bucket_ranges(count: int) -> list[tuple[int, int]]:
@@ -184,15 +195,12 @@ def _in_order(function: Any, tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
 
     A task's own error is raised as it was, without the traceback of the worker around it.
     """
-    limit = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    left = iter(tasks)
+    left = deque(tasks)
     flying: deque[ray.ObjectRef] = deque()
     try:
-        for task in left:
-            flying.append(function.remote(*task))
-            if len(flying) >= limit:
-                yield ray.get(flying.popleft())
-        while flying:
+        while left or flying:
+            while left and len(flying) < tasks_in_flight():
+                flying.append(function.remote(*left.popleft()))
             yield ray.get(flying.popleft())
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ValueError):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import ray.data
 
 from fifa_ray import schema
 from fifa_ray.config import FifaConfig, JudgeConfig
-from fifa_ray.engine.cluster import actor_pool, gpus_per_actor
+from fifa_ray.engine import metrics
+from fifa_ray.engine.cluster import actor_pool, device_of, gpus_per_actor, require_device
 from fifa_ray.engine.judge_parts import PART_FIELDS, PARTIAL, combine_parts, split_prompts
+from fifa_ray.engine.observed import run_name
 from fifa_ray.engine.prompt_stage import run_prompt_stage
 from fifa_ray.models.judge import JudgeReply, build_judge
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint
@@ -48,20 +51,25 @@ def run_judge(run: RunDir, config: FifaConfig) -> Manifest:
     key = answers_key(judge)
     notes = RunDir(f"{run.uri.rstrip('/')}/partial/judge-{key}")
     pool: dict[str, Any] = {}
+    tags = {"run": run_name(run), "stage": STAGE}
     cache = RunDir(f"{judge.cache_dir.rstrip('/')}/{key}") if judge.cache_dir else None
 
     def transform(rows: "ray.data.Dataset") -> "ray.data.Dataset":
         if judge.engine == "vllm":
-            from fifa_ray.engine.judge_vllm import judge_with_vllm
+            from fifa_ray.engine.judge_vllm import judge_with_vllm, vllm_pool
 
-            return judge_with_vllm(rows, judge)
-        pool.update(judge_pool(judge))
+            wait_seconds = config.ray.wait_seconds
+            pool.update(vllm_pool(judge, wait_seconds))
+            num_gpus = gpus_per_actor(judge.actors, wait_seconds=wait_seconds)
+            return judge_with_vllm(rows, judge, num_gpus=num_gpus, tags=tags)
+        pool.update(judge_pool(judge, config.ray.wait_seconds))
         return rows.map_batches(
             JudgePrompts,
             fn_constructor_kwargs={
                 "judge": judge,
-                "device": "cuda" if gpus_per_actor(judge.actors) else "cpu",
+                "device": device_of(pool),
                 "notes": notes,
+                "tags": tags,
                 # The user sets it where the command runs; actors may have started long before.
                 "api_key": os.environ.get(judge.api_key_env) if judge.engine == "openai" else None,
             },
@@ -124,22 +132,30 @@ def rows_per_item(num_prompts: int, judge: JudgeConfig) -> int:
     return max(busy, min(num_prompts // 64, 4096))
 
 
-def judge_pool(judge: JudgeConfig) -> dict[str, Any]:
+def judge_pool(judge: JudgeConfig, wait_seconds: float) -> dict[str, Any]:
     """Arguments of the actor pool; one client is enough for an endpoint unless more are asked."""
     actors = judge.actors
     if judge.engine == "openai":
         size = actors.max_actors or actors.min_actors
         actors = actors.model_copy(update={"num_gpus": 0.0, "min_actors": size, "max_actors": size})
-    return actor_pool(actors)
+    return actor_pool(STAGE, actors, wait_seconds=wait_seconds)
 
 
 class JudgePrompts:
     """An actor that judges blocks of prompts with an engine that answers in batches."""
 
     def __init__(
-        self, judge: JudgeConfig, device: str, notes: RunDir, api_key: str | None = None
+        self,
+        judge: JudgeConfig,
+        device: str,
+        notes: RunDir,
+        tags: Mapping[str, str],
+        api_key: str | None = None,
     ) -> None:
-        """`notes`: where it leaves what the manifest says about the model."""
+        """`notes`: where it leaves what the manifest says about the model; `tags`: run and stage,
+        for the metrics.
+        """
+        require_device(device)
         if judge.engine == "transformers" and device == "cpu":
             import torch
 
@@ -151,12 +167,17 @@ class JudgePrompts:
             judge = judge.model_copy(update={"requests_per_minute": share})
         self._judge = build_judge(judge, device, api_key)
         self._check_parts, self._notes = judge.check_parts, notes
+        self._tags, self._counted = dict(tags), dict.fromkeys(("input", "output"), 0)
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         """(prompt_id, prompt) to the columns of `judge_parts.PARTIAL`."""
         texts = split_prompts(prompts, self._check_parts)
         replies = self._judge.judge(texts.column("prompt").to_pylist())
         self._notes.write_text(json.dumps(self._judge.info()), "model.json")
+        for direction, tokens in self._judge.tokens().items():
+            new = tokens - self._counted[direction]
+            metrics.count("fifa_judge_tokens", new, direction=direction, **self._tags)
+            self._counted[direction] = tokens
         answers = quality_table(texts.column(schema.PROMPT_ID), replies)
         for field in PART_FIELDS:
             answers = answers.append_column(field, texts.column(field.name))

@@ -5,6 +5,8 @@ of the answer is given, so that the first token is the harm's. vLLM's prefix cac
 rubric once.
 """
 
+import math
+from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +14,10 @@ import ray.data
 
 from fifa_ray import schema
 from fifa_ray.config import JudgeConfig
-from fifa_ray.engine.cluster import gpus_per_actor
+from fifa_ray.engine import metrics
+from fifa_ray.engine.cluster import actor_need
 from fifa_ray.engine.judge_parts import PART_FIELDS, split_prompts
+from fifa_ray.engine.nodes import Need, wait_for_nodes
 from fifa_ray.models.judge import JudgeReply, is_too_long
 from fifa_ray.scoring import quality as rubric
 
@@ -22,13 +26,39 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 32
 LOGPROBS = 20
+# Ray Data's columns of what an engine read and wrote.
+TOKEN_COLUMNS = {"input": "num_input_tokens", "output": "num_generated_tokens"}
 ERROR_COLUMN = "__inference_error__"
 CARRIED = (schema.PROMPT_ID, *(field.name for field in PART_FIELDS))
 
 
-def judge_with_vllm(rows: "ray.data.Dataset", judge: JudgeConfig) -> "ray.data.Dataset":
+def vllm_pool(judge: JudgeConfig, wait_seconds: float) -> dict[str, Any]:
+    """The engines as a pool of `cluster.actor_pool`, once there is room for one of them.
+
+    An engine of several GPUs (tensor or pipeline parallel) asks for that many times one actor's.
+    Raises what `actor_pool` raises.
+    """
+    need = actor_need(judge.actors, wait_seconds=wait_seconds)
+    parallel = ("tensor_parallel_size", "pipeline_parallel_size")
+    devices = math.prod(int(judge.engine_kwargs.get(name, 1)) for name in parallel)
+    of_engine = Need(need.resources, need.label_selector, count=devices)
+    wait_for_nodes("quality (vllm)", of_engine, wait_seconds=wait_seconds)
+    smallest = judge.actors.min_actors
+    return {
+        "compute": ray.data.ActorPoolStrategy(
+            min_size=smallest, max_size=judge.actors.max_actors or smallest
+        ),
+        "num_cpus": judge.actors.num_cpus * devices,
+        "num_gpus": need.resources.get("GPU", 0.0) * devices,
+    }
+
+
+def judge_with_vllm(
+    rows: "ray.data.Dataset", judge: JudgeConfig, *, num_gpus: float, tags: Mapping[str, str]
+) -> "ray.data.Dataset":
     """(prompt_id, prompt) to the columns of `judge_parts.PARTIAL`, in one pass of vLLM actors.
 
+    num_gpus: of one of an engine's workers, 0: on CPUs. tags: run and stage, for the metrics.
     A row that vLLM refuses (too long, say) comes back with its reason. Raises ModuleNotFoundError
     where ray.data.llm is not usable, ValueError for options that this engine does not have.
     """
@@ -40,7 +70,7 @@ def judge_with_vllm(rows: "ray.data.Dataset", judge: JudgeConfig) -> "ray.data.D
             "judge.engine_kwargs (vLLM's own arguments)"
         )
     processor = build_processor(
-        vLLMEngineProcessorConfig(**processor_settings(judge, gpus_per_actor(judge.actors))),
+        vLLMEngineProcessorConfig(**processor_settings(judge, num_gpus)),
         preprocess=AskVllm(judge.model, judge.trust_remote_code, judge.max_prompt_chars),
         postprocess=lambda row: row,
     )
@@ -50,7 +80,7 @@ def judge_with_vllm(rows: "ray.data.Dataset", judge: JudgeConfig) -> "ray.data.D
         batch_format="pyarrow",
         num_cpus=0.1,
     )
-    return processor(texts).map(ReadVllm(judge.harmful_threshold), num_cpus=0.1)
+    return processor(texts).map(ReadVllm(judge.harmful_threshold, tags), num_cpus=0.1)
 
 
 def processor_settings(judge: JudgeConfig, num_gpus: float) -> dict[str, Any]:
@@ -133,12 +163,16 @@ def _load_tokenizer(model: str, trust_remote_code: bool) -> "tuple[Any, JudgeTok
 class ReadVllm:
     """One answered or failed row to the columns of `judge_parts.PARTIAL`."""
 
-    def __init__(self, harmful_threshold: float) -> None:
-        self._harmful_threshold = harmful_threshold
+    def __init__(self, harmful_threshold: float, tags: Mapping[str, str]) -> None:
+        """`tags`: run and stage, for the metrics."""
+        self._harmful_threshold, self._tags = harmful_threshold, dict(tags)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row of one text."""
         reply = self._read(row)
+        for direction, column in TOKEN_COLUMNS.items():
+            read = row.get(column) or 0
+            metrics.count("fifa_judge_tokens", read, direction=direction, **self._tags)
         return {
             **{name: row[name] for name in CARRIED},
             **{name: getattr(reply, name) for name in schema.QUALITY.names[1:]},

@@ -22,7 +22,7 @@ import ray.data
 
 from fifa_ray import schema
 from fifa_ray.config import FifaConfig, ImagesConfig, TrainConfig
-from fifa_ray.engine.cluster import actor_pool, gpus_per_actor
+from fifa_ray.engine.cluster import actor_pool, device_of, require_device
 from fifa_ray.engine.map_stage import (
     MapStage,
     first_by_key,
@@ -77,13 +77,13 @@ def run_latents(
     )
     pool: dict[str, Any] = {}
     info = partial_folder(run, stage)
-    device = "cuda" if gpus_per_actor(settings.cache_actors) else "cpu"
 
     def transform(rows: "ray.data.Dataset") -> "ray.data.Dataset":
-        pool.update(actor_pool(settings.cache_actors))
+        wait_seconds = config.ray.wait_seconds
+        pool.update(actor_pool(stage.name, settings.cache_actors, wait_seconds=wait_seconds))
         return rows.map_batches(
             EncodeItems,
-            fn_constructor_args=(data.source, config.images, settings, device, info),
+            fn_constructor_args=(data.source, config.images, settings, device_of(pool), info),
             batch_size=None,
             batch_format="pyarrow",
             **pool,
@@ -143,6 +143,7 @@ class EncodeItems:
 
         from fifa_ray.models.batching import LargestBatch
 
+        require_device(device)
         if device == "cpu":
             torch.set_num_threads(max(1, int(settings.cache_actors.num_cpus)))
         self.source, self.images, self.settings = source, images, settings

@@ -23,7 +23,9 @@ import ray.data
 from pyarrow import parquet as pq
 
 from fifa_ray import schema
-from fifa_ray.engine.cluster import quiet_ray_data, reserved_seconds
+from fifa_ray.engine.block_times import describe_work
+from fifa_ray.engine.cluster import pool_size, quiet_ray_data, small_tasks
+from fifa_ray.engine.observed import observed, publish, reserved, run_name
 from fifa_ray.engine.progress import Progress
 from fifa_ray.run_dir import Manifest, RunDir
 from fifa_ray.sources.source import PASSING_REASONS
@@ -62,6 +64,7 @@ class MapStage:
     row_group_size: int | None = None
 
 
+@observed(lambda run, stage, *_, **__: stage.name)
 def run_map_stage(
     run: RunDir,
     stage: MapStage,
@@ -93,9 +96,12 @@ def run_map_stage(
         logger.info(
             "%s: %s of %s rows were done before", stage.name, f"{len(done):,}", f"{total:,}"
         )
+    work: list[dict[str, Any]] = []
     if len(done) < total:
-        _execute(run, stage, partial, transform, done, total)
-    cost = reserved_seconds(pool or {}, time.monotonic() - started)
+        receipts = _execute(run, stage, partial, transform, done, total)
+        workers = pool_size(pool) if pool else None
+        work = describe_work(receipts, total - len(done), workers)
+    cost = reserved(pool or {})
     if before_align is not None:
         before_align(partial)
     counts = _align(run, stage, partial)
@@ -107,10 +113,10 @@ def run_map_stage(
         quarantined=dict(sorted(counts.items())),
         seconds=time.monotonic() - started,
         config=config,
-        details=details() | cost | {"rows_reused": len(done)},
+        details=details() | cost | {"rows_reused": len(done), "work": work},
     )
     check_quarantine(manifest, max_quarantine_fraction, run)
-    manifest = run.publish(manifest)
+    manifest = publish(run, manifest)
     if stage.partial is None:
         run.remove("partial", *partial.root.rsplit("/", 1)[-1:])
     return manifest
@@ -141,17 +147,16 @@ def _execute(
     transform: Transform,
     done: np.ndarray,
     total: int,
-) -> None:
+) -> "ray.data.Dataset":
     quiet_ray_data()
     items = work_items(run, stage.input_table, stage.rows_per_item, stage.boundary)
     # Reading and writing small rows ask for no core: a share of one could never be had beside an
     # actor that holds the only core of a small machine. Their number is bounded instead.
-    num_tasks = max(1, int(ray.cluster_resources().get("CPU", 1)) // 2)
     small: dict[str, Any] = {
         "batch_size": None,
         "batch_format": "pyarrow",
         "num_cpus": 0,
-        "compute": ray.data.TaskPoolStrategy(size=num_tasks),
+        "compute": ray.data.TaskPoolStrategy(size=small_tasks()),
     }
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _ReadItems(run, stage, ray.put(done)), **small
@@ -161,6 +166,7 @@ def _execute(
     for batch in receipts.iter_batches(batch_size=None, batch_format="numpy"):
         progress.advance(round(float(batch["keys"].sum())))
     progress.close()
+    return receipts
 
 
 def work_items(
@@ -204,6 +210,16 @@ class _ReadItems:
             rows = table.slice(item["start"], item["stop"] - item["start"])
             missing = ~np.isin(rows.column(self.stage.key).to_numpy(), done)
             if missing.any():
+                if not missing.all():
+                    logger.info(
+                        "%s: rows %d to %d of %s were partly done, %s",
+                        self.stage.name,
+                        item["start"],
+                        item["stop"],
+                        item["part"],
+                        "all are done again" if self.stage.whole_items else "the rest is done",
+                        extra=_about(self.run, self.stage, item["part"]) | {"block": item["start"]},
+                    )
                 yield rows if self.stage.whole_items else rows.filter(missing)
 
 
@@ -305,7 +321,20 @@ def _align_part(
     counts = {"": len(out)}
     for entry in bad.column("reason").value_counts().to_pylist():
         counts[entry["values"]] = entry["counts"]
+        logger.warning(
+            "%s: %s rows of %s are put aside: %s",
+            stage.name,
+            f"{entry['counts']:,}",
+            part,
+            entry["values"],
+            extra=_about(run, stage, part),
+        )
     return counts
+
+
+def _about(run: RunDir, stage: MapStage, part: str) -> dict[str, Any]:
+    """What a task's log line is about: tasks know nothing of the driver's log context."""
+    return {"run": run_name(run), "stage": stage.name, "part": part}
 
 
 def settled(answers: pa.Table) -> pa.Table:

@@ -19,6 +19,8 @@ from pyarrow import parquet as pq
 from fifa_ray import schema
 from fifa_ray.config import FifaConfig, NeighborsConfig
 from fifa_ray.engine.cell_shards import read_vectors
+from fifa_ray.engine.nodes import need_of, wait_for_nodes
+from fifa_ray.engine.observed import observed, publish
 from fifa_ray.engine.progress import Progress
 from fifa_ray.engine.self_join import (
     SETTLED_DISTANCE,
@@ -46,6 +48,7 @@ def neighbors_fingerprint(run: RunDir, config: FifaConfig) -> str:
     return fingerprint(STAGE, embeddings.fingerprint, settings, config.seed)
 
 
+@observed(lambda *_: STAGE)
 def run_neighbors(run: RunDir, config: FifaConfig) -> Manifest:
     """Run the stage, or the rest of it, and publish it; at once if it is complete already.
 
@@ -69,6 +72,8 @@ def run_neighbors(run: RunDir, config: FifaConfig) -> Manifest:
     partial = RunDir(f"{run.uri.rstrip('/')}/partial/{STAGE}-{stage_fingerprint}")
     method, reason = chosen_method(settings, total)
     logger.info("%s: %s search among %s prompts (%s)", STAGE, method, f"{total:,}", reason)
+    need = need_of(num_cpus=1.0, num_gpus=settings.num_gpus)
+    wait_for_nodes(STAGE, need, wait_seconds=config.ray.wait_seconds)
     if method == "exact":
         result = exact_distances(run, partial, parts, settings)
     else:
@@ -83,7 +88,8 @@ def run_neighbors(run: RunDir, config: FifaConfig) -> Manifest:
         dimension,
         distance_floor=settings.distance_floor,
     )
-    manifest = run.publish(
+    manifest = publish(
+        run,
         Manifest(
             stage=STAGE,
             fingerprint=stage_fingerprint,
@@ -98,7 +104,7 @@ def run_neighbors(run: RunDir, config: FifaConfig) -> Manifest:
                 "knn_entropy": entropy,
             }
             | result.details,
-        )
+        ),
     )
     run.remove("partial", f"{STAGE}-{stage_fingerprint}")
     return manifest

@@ -19,7 +19,7 @@ import ray.data
 
 from fifa_ray import schema
 from fifa_ray.config import FifaConfig, RewardConfig
-from fifa_ray.engine.cluster import actor_pool, gpus_per_actor
+from fifa_ray.engine.cluster import actor_pool, device_of, pool_size
 from fifa_ray.engine.map_stage import (
     Assemble,
     MapStage,
@@ -129,11 +129,12 @@ def run_reward_stage(
     def transform(items: "ray.data.Dataset") -> "ray.data.Dataset":
         source = open_source(config.ingest, config.images)
         loader = LoadImages(source, config.images, image_transform, share_prompts(run))
-        pool.update(actor_pool(reward.actors))
+        wait_seconds = config.ray.wait_seconds
+        pool.update(actor_pool(stage.name, reward.actors, wait_seconds=wait_seconds))
         scorer = {
             "load_model": load_model,
             "value": stage.partial_schema.field("value").type,
-            "device": "cuda" if gpus_per_actor(reward.actors) else "cpu",
+            "device": device_of(pool),
             "num_threads": max(1, int(reward.actors.num_cpus)),
             "info": info,
         }
@@ -185,7 +186,7 @@ def _details(info: RunDir, reward: RewardConfig, pool: dict[str, Any]) -> dict[s
     found = json.loads(info.read_text("model.json")) if info.exists("model.json") else {}
     return {
         "model": found,
-        "actors": pool["compute"].max_size if pool else 0,
+        "actors": pool_size(pool) if pool else 0,
         "num_cpus": reward.actors.num_cpus,
         "num_gpus": pool.get("num_gpus", 0),
     }

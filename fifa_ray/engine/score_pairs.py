@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fifa_ray import schema
+from fifa_ray.engine.cluster import require_device
 from fifa_ray.engine.map_stage import first_by_key, quarantine_rows, settled
 from fifa_ray.engine.pair_images import LoadImages
 from fifa_ray.run_dir import RunDir
@@ -79,6 +80,7 @@ class Scorer:
     ) -> None:
         import torch
 
+        require_device(device)
         if device == "cpu":
             torch.set_num_threads(num_threads)
         self.value = value

@@ -16,6 +16,7 @@ import numpy as np
 from fifa_ray.config import ConfigError, FifaConfig, Strategy
 from fifa_ray.engine import selection_tables
 from fifa_ray.engine.greedy import choose_greedily
+from fifa_ray.engine.observed import observed, publish
 from fifa_ray.engine.select_passes import collect_statistics, rank_pairs
 from fifa_ray.engine.strategies import Population, population_of
 from fifa_ray.engine.terms import read_prompt_terms
@@ -25,6 +26,7 @@ from fifa_ray.scoring.moments import Moments
 logger = logging.getLogger(__name__)
 
 
+@observed(lambda *_: "selected")
 def run_select(run: RunDir, config: FifaConfig) -> Manifest:
     """Choose the K pairs and write selected/, selected_ids/, baselines/, gallery/, scored_sample/.
 
@@ -84,7 +86,7 @@ def run_select(run: RunDir, config: FifaConfig) -> Manifest:
             "reward_models": tops["agreement"],
         },
     )
-    return run.publish(manifest)
+    return publish(run, manifest)
 
 
 def _upstream(run: RunDir, config: FifaConfig) -> dict[str, str]:

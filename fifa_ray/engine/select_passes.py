@@ -4,6 +4,7 @@ One Ray task a part, each a block of rows at a time; what they send back is smal
 the order of the parts.
 """
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import ray
 
 from fifa_ray.config import FifaConfig, Strategy
+from fifa_ray.engine.cluster import tasks_in_flight
 from fifa_ray.engine.part_reader import part_task
 from fifa_ray.engine.strategies import (
     Population,
@@ -62,13 +64,11 @@ def _empty_votes(names: Iterable[str], config: FifaConfig) -> dict[str, Any]:
 
 def _each(task: Any, parts: Sequence[str], *arguments: Any) -> Iterable[Any]:
     """Results of one task a part, in order of the parts, a bounded number in flight."""
-    limit = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    queue = [task.remote(part, *arguments) for part in parts[:limit]]
-    for part in (*parts[limit:], *[None] * min(limit, len(parts))):
-        result = ray.get(queue.pop(0))
-        if part is not None:
-            queue.append(task.remote(part, *arguments))
-        yield result
+    left, flying = deque(parts), deque[Any]()
+    while left or flying:
+        while left and len(flying) < tasks_in_flight():
+            flying.append(task.remote(left.popleft(), *arguments))
+        yield ray.get(flying.popleft())
 
 
 @part_task

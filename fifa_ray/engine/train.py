@@ -28,6 +28,15 @@ from fifa_ray import schema
 from fifa_ray.config import ConfigError, FifaConfig, TrainConfig
 from fifa_ray.engine.latents import LatentLayout, run_latents
 from fifa_ray.engine.map_stage import quarantine_rows
+from fifa_ray.engine.nodes import (
+    Need,
+    check_possible,
+    gpus_to_be_had,
+    may_grow,
+    need_of,
+    wait_for_nodes,
+)
+from fifa_ray.engine.observed import observed, publish, workers_reserved
 from fifa_ray.engine.train_inputs import TrainJob
 from fifa_ray.engine.train_loop import PARTIAL_MODEL, train_worker
 from fifa_ray.engine.train_metrics import check_loggers
@@ -59,6 +68,7 @@ _WORK_SETTINGS = {
     "num_workers",
     "min_workers",
     "num_cpus_per_worker",
+    "label_selector",
     "use_gpu",
     "gradient_checkpointing",
     "checkpoint_every",
@@ -89,6 +99,7 @@ class PreparedPairs:
     latents: tuple[str, LatentLayout] | None
 
 
+@observed(lambda run, config, **_: f"training/{config.train.name}")
 def run_train(
     run: RunDir,
     config: FifaConfig,
@@ -107,13 +118,13 @@ def run_train(
     before each step, in the workers.
 
     Raises ConfigError where there is nothing to train on, the model cannot be trained, or the
-    cluster has no room for the workers; RuntimeError when workers failed too often, OutOfTime when
-    `may_go_on` said no.
+    cluster can never have room for the workers; RuntimeError when workers failed too often or no
+    node came in `ray.wait_seconds`, OutOfTime when `may_go_on` said no.
     """
     settings = config.train
     stage = f"training/{settings.name}"
     check_loggers(settings.loggers)
-    run = _absolute(run)
+    run = absolute_run(run)
     data = prepared.data if prepared else prepare_training_data(run, config)
     weights = prepared.weights if prepared else describe_model(settings)
     seed = config.seed if settings.seed is None else settings.seed
@@ -133,7 +144,7 @@ def run_train(
         return found
     _resume_or_clear(run, stage, identity)
     started = time.monotonic()
-    use_gpu = _use_gpu(settings)
+    use_gpu = trains_on_gpu(settings, config.ray.wait_seconds)
     check_optimizer(settings.optimizer, on_gpu=use_gpu)
     # Ray Train's local mode is what no workers at all mean to it.
     alone = _train.ScalingConfig(num_workers=0)
@@ -159,7 +170,12 @@ def run_train(
         keeps_own_checkpoints=in_process,
         may_go_on=may_go_on,
     )
+    workers = workers_need(settings, use_gpu)
+    if not in_process:
+        wait_for_nodes(stage, workers, wait_seconds=config.ray.wait_seconds)
+    fit_started = time.monotonic()
     summary = _fit(job, scaling, use_gpu)
+    cost = workers_reserved(workers, settings.num_workers, time.monotonic() - fit_started)
     if summary.pop("out_of_time"):
         raise OutOfTime(
             f"{stage} was stopped after {summary['optimizer_steps']:,} optimizer steps: no more "
@@ -185,6 +201,7 @@ def run_train(
             "model": weights,
             "seed": seed,
         }
+        | ({} if in_process else cost)
         | summary,
     )
     return _publish(run, config, manifest, bad)
@@ -203,13 +220,15 @@ def check_train(config: FifaConfig) -> None:
             f"{', '.join(config.select.compare) or 'none'}"
         )
     check_loggers(settings.loggers)
-    use_gpu = _use_gpu(settings)
-    check_optimizer(settings.optimizer, on_gpu=use_gpu)
-    _scaling(settings, use_gpu)
+    # Where GPUs may yet come, training itself asks for them: here they would come too early.
+    if settings.use_gpu is not None or not may_grow():
+        use_gpu = trains_on_gpu(settings, config.ray.wait_seconds)
+        check_optimizer(settings.optimizer, on_gpu=use_gpu)
+        _scaling(settings, use_gpu)
     describe_model(settings)
 
 
-def _absolute(run: RunDir) -> RunDir:
+def absolute_run(run: RunDir) -> RunDir:
     """The run under a path that means the same in a worker, whose working folder is another."""
     local = isinstance(run.filesystem, pafs.LocalFileSystem)
     return RunDir(run.root) if local and run.uri != run.root else run
@@ -280,32 +299,40 @@ def _reasons(bad: dict[int, str]) -> dict[str, int]:
 # Ray Train
 
 
-def _use_gpu(settings: TrainConfig) -> bool:
+def trains_on_gpu(settings: TrainConfig, wait_seconds: float) -> bool:
+    """`train.use_gpu`, or whether the cluster has GPUs or can add them."""
     if settings.use_gpu is not None:
         return settings.use_gpu
-    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+    return gpus_to_be_had(
+        num_cpus=settings.num_cpus_per_worker,
+        label_selector=settings.label_selector,
+        wait_seconds=wait_seconds,
+    )
+
+
+def workers_need(settings: TrainConfig, use_gpu: bool) -> Need:
+    """What training cannot begin without."""
+    return need_of(
+        num_cpus=settings.num_cpus_per_worker,
+        num_gpus=1.0 if use_gpu else 0.0,
+        label_selector=settings.label_selector,
+        count=settings.min_workers or settings.num_workers,
+    )
 
 
 def _scaling(settings: TrainConfig, use_gpu: bool) -> Any:
-    """Workers and their resources. Raises ConfigError where a cluster of one node is too small."""
-    needed = {"CPU": settings.num_cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
-    least = settings.min_workers or settings.num_workers
-    resources = ray.cluster_resources()
-    room = min(int(resources.get(name, 0) / amount + 1e-9) for name, amount in needed.items())
-    if room < least:
-        wants = " and ".join(f"{amount * least:g} {name}" for name, amount in needed.items())
-        has = " and ".join(f"{resources.get(name, 0):g} {name}" for name in needed)
-        problem = (
-            f"{least} workers of train.num_workers need {wants}, the cluster has {has} now: there "
-            f"is room for {room}; lower train.num_workers or train.num_cpus_per_worker"
-        )
-        if len(ray.nodes()) == 1:
-            raise ConfigError(problem)
-        logger.warning("%s, or wait for the cluster to grow", problem)
+    """Workers and their resources. Raises ConfigError where there can never be room for them."""
+    need = workers_need(settings, use_gpu)
+    check_possible(f"training/{settings.name}", need)
     workers: int | tuple[int, int] = settings.num_workers
     if settings.min_workers is not None and settings.min_workers < settings.num_workers:
         workers = (settings.min_workers, settings.num_workers)
-    return _train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=needed)
+    return _train.ScalingConfig(
+        num_workers=workers,
+        use_gpu=use_gpu,
+        resources_per_worker=dict(need.resources),
+        label_selector=dict(need.label_selector) or None,
+    )
 
 
 def _fit(job: TrainJob, scaling: Any, use_gpu: bool) -> dict[str, Any]:
@@ -387,7 +414,7 @@ def _publish(run: RunDir, config: FifaConfig, manifest: Manifest, bad: dict[int,
     if bad:
         rows = quarantine_rows(stage, list(bad.values()), pair_id=pa.array(list(bad), pa.int64()))
         run.write_table(rows, "quarantine", *stage.split("/"), part_name(0))
-    published = run.publish(manifest)
+    published = publish(run, manifest)
     logger.info(
         "%s: %s optimizer steps on %s pairs in %.0f s, model in %s",
         stage,

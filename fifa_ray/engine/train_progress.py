@@ -5,6 +5,8 @@ import sys
 import threading
 from types import TracebackType
 
+from fifa_ray.engine import metrics
+from fifa_ray.engine.observed import run_name
 from fifa_ray.engine.progress import format_seconds
 from fifa_ray.engine.train_metrics import Line, read_metrics
 from fifa_ray.run_dir import RunDir
@@ -17,6 +19,7 @@ class TrainProgress:
 
     def __init__(self, run: RunDir, stage: str, max_steps: int) -> None:
         self.run, self.stage, self.max_steps = run, stage, max_steps
+        self.tags = {"run": run_name(run), "stage": stage}
         self.interval_seconds = 3.0 if sys.stderr.isatty() else 15.0
         self.said: dict[str, int] = {}
         self.ended = threading.Event()
@@ -46,7 +49,10 @@ class TrainProgress:
         for kind, line in newest.items():
             if self.said.get(kind) != line["optimizer_step"]:
                 self.said[kind] = line["optimizer_step"]
-                logger.info("%s: %s", self.stage, describe(line, self.max_steps))
+                # A thread has no log context of its own.
+                logger.info("%s: %s", self.stage, describe(line, self.max_steps), extra=self.tags)
+                if "pairs_per_second" in line:
+                    metrics.show("fifa_rows_per_second", line["pairs_per_second"], **self.tags)
 
     def _lines(self) -> list[Line]:
         try:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from fifa_ray import schema
 from fifa_ray.config import ConfigError, FifaConfig, IngestConfig
+from fifa_ray.engine.observed import observed, publish
 from fifa_ray.engine.training_items import write_tables
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint
 from fifa_ray.sources import Source, open_source
@@ -57,6 +58,7 @@ class TrainingData:
         return self.manifest.fingerprint
 
 
+@observed(lambda *_: "training_data")
 def prepare_training_data(run: RunDir, config: FifaConfig) -> TrainingData:
     """Write the tables of the data that `train.data` and `train.max_pairs` name, if they are new.
 
@@ -81,7 +83,8 @@ def prepare_training_data(run: RunDir, config: FifaConfig) -> TrainingData:
         if max_pairs is not None:
             rows = _best(rows, max_pairs)
         counts = write_tables(run, stage, rows, _prompt_texts(run, rows))
-        found = run.publish(
+        found = publish(
+            run,
             Manifest(
                 stage=stage,
                 fingerprint=print_of_data,
@@ -90,7 +93,7 @@ def prepare_training_data(run: RunDir, config: FifaConfig) -> TrainingData:
                 seconds=time.monotonic() - started,
                 config={"data": data, "max_pairs": max_pairs},
                 details=counts,
-            )
+            ),
         )
         logger.info(
             "%s: %s pairs, %s images, %s prompts",

@@ -31,6 +31,10 @@ class Judge(Protocol):
         """What the manifest keeps about the model and how it was asked; never a secret."""
         ...
 
+    def tokens(self) -> dict[str, int]:
+        """Tokens read ("input") and written ("output") so far, as far as the engine says."""
+        ...
+
 
 def merge_parts(whole: JudgeReply, parts: Sequence[JudgeReply]) -> JudgeReply:
     """The whole prompt's reply, flagged if any of its parts is.

@@ -106,6 +106,7 @@ class OpenAIJudge:
         }
         self._ability: int | None = None
         self._counts: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
         self._client = openai.AsyncOpenAI(
             base_url=endpoint,
             api_key=api_key or os.environ.get(api_key_env) or "none",
@@ -130,6 +131,10 @@ class OpenAIJudge:
             "ability": ability,
             "counts": dict(sorted(self._counts.items())),
         }
+
+    def tokens(self) -> dict[str, int]:
+        """As the server counts them for its bill; 0 where it does not say."""
+        return {name: self._tokens[name] for name in ("input", "output")}
 
     def judge(self, prompts: Sequence[str]) -> list[JudgeReply]:
         """One reply per prompt.
@@ -271,7 +276,13 @@ class OpenAIJudge:
                     )
             except Exception as error:
                 raise self._explain(error) from None
+        self._count_tokens(getattr(completion, "usage", None))
         return self._read(completion)
+
+    def _count_tokens(self, usage: Any) -> None:
+        for name, field in (("input", "prompt_tokens"), ("output", "completion_tokens")):
+            tokens = getattr(usage, field, None)
+            self._tokens[name] += tokens if isinstance(tokens, int) else 0
 
     async def _pace(self) -> None:
         """Wait for this request's turn under the rate limit."""

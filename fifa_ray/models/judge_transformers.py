@@ -179,11 +179,16 @@ class TransformersJudge:
             )
         with torch.inference_mode():
             self._cache = read_prefix(self._model, self._tokens)
+        self._tokens_read = len(self._tokens.prefix)
         self._info = {"model": model, "adapter": adapter, "dtype": dtype, "device": device}
 
     def info(self) -> dict[str, Any]:
         """Model, adapter, compute type and the tokens of the shared prefix."""
         return self._info | {"prefix_tokens": len(self._tokens.prefix)}
+
+    def tokens(self) -> dict[str, int]:
+        """Of the prompts and what surrounds them; the shared prefix is read once, none written."""
+        return {"input": self._tokens_read, "output": 0}
 
     def judge(self, prompts: Sequence[str]) -> list[JudgeReply]:
         """One reply per prompt; `too_long` for one that the context cannot hold."""
@@ -215,6 +220,7 @@ class TransformersJudge:
         size = 0
         for index in indices:
             length = len(ids[index]) + around
+            self._tokens_read += length
             if pack and size + length > self._pack_tokens:
                 yield pack
                 pack, size = [], 0

@@ -98,7 +98,8 @@ def actor(tmp_path_factory) -> JudgePrompts:
         model=str(judge_folder()),
         options={"adapter": str(JUDGE_ADAPTER)},
     )
-    return JudgePrompts(config, "cpu", RunDir(str(tmp_path_factory.mktemp("notes"))))
+    notes = RunDir(str(tmp_path_factory.mktemp("notes")))
+    return JudgePrompts(config, "cpu", notes, {"run": "test", "stage": "quality"})
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ class Reply:
     finish: str = "stop"
     refusal: str | None = None
     logprobs: list[tuple[str, dict[str, float]]] | None = None
+    # Tokens of (prompt, completion).
+    usage: tuple[int, int] | None = None
 
     def body(self) -> bytes:
         """The bytes of the answer."""
@@ -49,9 +51,16 @@ class Reply:
                     for token, top in self.logprobs
                 ]
             }
-        completion = {
+        completion: dict[str, Any] = {
             "id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice],
         }  # fmt: skip
+        if self.usage is not None:
+            prompt, answer = self.usage
+            completion["usage"] = {
+                "prompt_tokens": prompt,
+                "completion_tokens": answer,
+                "total_tokens": prompt + answer,
+            }
         return json.dumps(completion).encode()
 
 

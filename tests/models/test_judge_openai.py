@@ -58,6 +58,18 @@ def test_answers_come_in_the_order_of_the_prompts():
     assert endpoint.keys == {f"Bearer {SECRET}"}
 
 
+def test_tokens_are_those_of_the_bill_and_failed_tries_count():
+    replies = [Reply(content="no JSON", usage=(100, 7)), Reply(usage=(100, 12)), Reply()]
+    with Endpoint(lambda prompt, attempt: replies[min(attempt, 2)]) as endpoint:
+        engine = judge_for(endpoint)
+        engine.judge(["a lemon"])
+        before = engine.tokens()
+        engine.judge(["a plum"])
+    # Probe: 100 + 100; each prompt the same two tries.
+    assert before == {"input": 400, "output": 38}
+    assert engine.tokens() == {"input": 600, "output": 57}
+
+
 def test_the_request_asks_for_structured_output_and_probabilities():
     with Endpoint(lambda *_: Reply()) as endpoint:
         judge_for(endpoint, extra_body={"chat_template_kwargs": {"thinking": False}}).judge(["a"])

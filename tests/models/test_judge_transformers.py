@@ -60,6 +60,20 @@ def test_packed_answers_equal_plain_forward_passes(judge):
         assert json.loads(reply.judge_reply)["harm_probability"] == pytest.approx(danger, abs=1e-3)
 
 
+def test_tokens_that_are_read_are_counted(judge):
+    prompts, before = [GOOD, VIOLENT], judge.tokens()["input"]
+    judge.judge(prompts)
+    read = 0
+    for prompt in prompts:
+        chat = judge._tokenizer.apply_chat_template(
+            judge_messages(prompt), tokenize=False, add_generation_prompt=True
+        )
+        whole = judge._tokenizer(chat + ANSWER_START + ANSWER_MIDDLE, add_special_tokens=False)
+        # The prefix is read once for all.
+        read += len(whole.input_ids) - judge.info()["prefix_tokens"]
+    assert judge.tokens() == {"input": before + read, "output": 0}
+
+
 def test_an_answer_does_not_depend_on_the_other_prompts_of_its_batch(judge):
     alone = judge.judge([GOOD])[0]
     among = judge.judge([JUNK, HOSTILE["code"], GOOD, VIOLENT, GOOD])

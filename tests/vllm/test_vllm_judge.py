@@ -102,7 +102,9 @@ def test_ray_data_s_processor_agrees_with_the_in_process_engine(merged_judge, ex
         rows = ray.data.from_arrow(
             pa.table({schema.PROMPT_ID: range(len(prompts)), "prompt": prompts})
         )
-        table = pa.concat_tables(judge_with_vllm(rows, config).iter_batches(batch_format="pyarrow"))
+        tags = {"run": "test", "stage": "quality"}
+        judged = judge_with_vllm(rows, config, num_gpus=0.0, tags=tags)
+        table = pa.concat_tables(judged.iter_batches(batch_format="pyarrow"))
     finally:
         ray.shutdown()
     assert len(table) > len(prompts)  # parts of prompts are texts of their own
