@@ -18,6 +18,7 @@ from fifa_ray.config import (
     load_config,
     preset_names,
 )
+from fifa_ray.logs import FORMAT_VARIABLE, Format, set_up_logging
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -77,17 +78,19 @@ def _fail(error: Exception, code: int) -> None:
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show where an error came from.")
 @click.option("-q", "--quiet", is_flag=True, help="Warnings and results only.")
-def main(debug: bool, quiet: bool) -> None:
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    envvar=FORMAT_VARIABLE,
+    default="text",
+    show_default=True,
+    show_envvar=True,
+    help="json: one object a line, with run, stage and part.",
+)
+def main(debug: bool, quiet: bool, log_format: Format) -> None:
     """Keep the few preference pairs that matter."""
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
-    logging.getLogger("fifa_ray").setLevel(
-        logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
-    )
+    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+    set_up_logging(log_format, level)
 
 
 @main.command("filter")
@@ -143,9 +146,6 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
 
 
 @main.command()
-@click.argument("run")
-@_explained
-@main.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--dry-run", is_flag=True, help="Print what is searched and its cost, and stop.")
@@ -170,6 +170,9 @@ def tune(config: str, overrides: tuple[str, ...], dry_run: bool) -> None:
         click.echo(f"Report: {run.path('report.html')}")
 
 
+@main.command()
+@click.argument("run")
+@_explained
 def report(run: str) -> None:
     """Write RUN's report.html again."""
     from fifa_ray.pipeline import open_run
