@@ -9,14 +9,9 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from fifa_ray.engine.tune_budget import Money
+from fifa_ray.engine.tune_judging import BASE, compare_scores
+from fifa_ray.engine.tune_records import SearchJob, TrialRecord, read_record
 from fifa_ray.engine.tune_space import Space
-from fifa_ray.engine.tune_trial import (
-    BASE,
-    SearchJob,
-    TrialRecord,
-    compare_scores,
-    read_record,
-)
 from fifa_ray.scoring.pareto import pareto_front
 
 RESULTS = "results.json"

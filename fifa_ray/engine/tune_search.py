@@ -22,17 +22,16 @@ from ray.util import list_named_actors
 
 from fifa_ray.config import ConfigError, FifaConfig
 from fifa_ray.engine.tune_devices import num_devices
-from fifa_ray.engine.tune_space import Params, Space, most_steps, plain_params, rungs_of, trial_name
-from fifa_ray.engine.tune_trial import (
+from fifa_ray.engine.tune_records import (
     FINISHED,
     SearchJob,
     Task,
-    as_report,
     drop_model,
     read_record,
-    run_task,
     write_record,
 )
+from fifa_ray.engine.tune_space import Params, Space, most_steps, plain_params, rungs_of, trial_name
+from fifa_ray.engine.tune_trial import as_report, run_task
 from fifa_ray.engine.tune_worker import worker_prefix
 
 logger = logging.getLogger(__name__)

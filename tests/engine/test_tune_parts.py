@@ -15,6 +15,7 @@ from fifa_ray.config import ConfigError, load_config
 from fifa_ray.engine.tune_budget import budget_of
 from fifa_ray.engine.tune_ledger import FILE, MARGIN_SECONDS, Ledger
 from fifa_ray.engine.tune_plan import plan_lines, plan_search
+from fifa_ray.engine.tune_records import TrialRecord
 from fifa_ray.engine.tune_results import best_record
 from fifa_ray.engine.tune_space import (
     configured_params,
@@ -27,7 +28,6 @@ from fifa_ray.engine.tune_space import (
     trial_name,
     with_params,
 )
-from fifa_ray.engine.tune_trial import TrialRecord
 from fifa_ray.run_branch import BranchDir
 from fifa_ray.run_dir import Manifest, RunDir
 
