@@ -23,13 +23,14 @@ from fifa_ray.engine.train import OutOfTime, absolute_run, trains_on_gpu, worker
 from fifa_ray.engine.train_model import describe_model
 from fifa_ray.engine.training_data import prepare_training_data
 from fifa_ray.engine.tune_budget import budget_of
+from fifa_ray.engine.tune_conductor import task_of
 from fifa_ray.engine.tune_final import best_config, run_final
 from fifa_ray.engine.tune_judging import draw_base
 from fifa_ray.engine.tune_latents import LatentCache
 from fifa_ray.engine.tune_ledger import Ledger
 from fifa_ray.engine.tune_records import SearchJob, TrialRecord, read_record
 from fifa_ray.engine.tune_results import RESULTS, read_trials, write_results
-from fifa_ray.engine.tune_search import run_search, take_devices, task_of
+from fifa_ray.engine.tune_search import run_search
 from fifa_ray.engine.tune_setup import (
     check_identity,
     objective,
@@ -114,7 +115,7 @@ def run_tune(
         final = run_final(job, ledger, default, seed, at_once)
     finally:
         with contextlib.suppress(ray.exceptions.RayError):  # it has gone with the cluster
-            take_devices(job, ledger)
+            ray.get(ledger.close_trial.remote())
     results = write_results(job, space, money, default, final, ray.get(ledger.charges.remote()))
     best = read_record(run, job.folder, "trials", results["best"], "trial.json")
     assert best is not None

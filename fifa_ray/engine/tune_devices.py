@@ -9,7 +9,7 @@ import ray
 
 from fifa_ray.config import FifaConfig
 from fifa_ray.engine.tune_ledger import Purpose
-from fifa_ray.engine.tune_worker import TrialWorker, worker_name
+from fifa_ray.engine.tune_worker import TrialWorker
 
 
 class TrialDevices:
@@ -68,7 +68,6 @@ class TrialDevices:
         actor = (
             ray.remote(TrialWorker)
             .options(
-                name=worker_name(self.config.tune.name, self.account),
                 num_cpus=0 if leads else settings.num_cpus_per_worker,
                 num_gpus=0 if leads else gpus,
                 label_selector=dict(settings.label_selector or {}) or None,

@@ -18,26 +18,18 @@ import ray.tune
 import ray.tune.schedulers
 from ray.tune.search import SEARCH_ALG_IMPORT, Searcher
 from ray.tune.search.optuna import OptunaSearch
-from ray.util import list_named_actors
 
 from fifa_ray.config import ConfigError, FifaConfig
+from fifa_ray.engine.tune_conductor import METRIC, TIME, start_conductor
 from fifa_ray.engine.tune_devices import num_devices
-from fifa_ray.engine.tune_records import (
-    FINISHED,
-    SearchJob,
-    Task,
-    drop_model,
-    read_record,
-    write_record,
-)
-from fifa_ray.engine.tune_space import Params, Space, most_steps, plain_params, rungs_of, trial_name
-from fifa_ray.engine.tune_trial import as_report, run_task
-from fifa_ray.engine.tune_worker import worker_prefix
+from fifa_ray.engine.tune_records import SearchJob
+from fifa_ray.engine.tune_space import Params, Space, most_steps
 
 logger = logging.getLogger(__name__)
 
-METRIC, TIME = "win_rate", "optimizer_step"
 TUNE_FOLDER = "ray_tune"
+# A trial's own process only waits for others, on the head node; Tune needs it to hold something.
+PLACE = ray.tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
 _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -73,8 +65,9 @@ def run_search(
         if settings.asha.enabled
         else None
     )
+    conductor = start_conductor(job, ledger, grace, seed, max_concurrent)
     tuner = ray.tune.Tuner(
-        ray.tune.with_resources(_trainable(job, ledger, grace, seed), {"CPU": 0}),
+        ray.tune.with_resources(_trainable(conductor), PLACE),
         param_space={key: _domain(dimension) for key, dimension in space.items()},
         tune_config=ray.tune.TuneConfig(
             metric=METRIC,
@@ -91,21 +84,17 @@ def run_search(
             storage_path=job.run.path(job.folder),
             storage_filesystem=job.run.filesystem,
             verbose=0,
-            callbacks=[CloseAccounts(job, ledger)],
+            callbacks=[EndTrials(conductor, ledger)],
         ),
     )
     job.run.remove(job.folder, TUNE_FOLDER)
-    with _environment(_SETTINGS):
-        tuner.fit()
+    try:
+        with _environment(_SETTINGS):
+            tuner.fit()
+    finally:
+        ray.kill(conductor)
+        ray.get(ledger.close_trial.remote())
     job.run.remove(job.folder, TUNE_FOLDER)
-
-
-def task_of(job: SearchJob, params: Params, grace: int, seed: int) -> Task:
-    """The search's task of these parameters."""
-    name = trial_name(params)
-    last = int(params.get("train.max_steps", job.config.train.max_steps))
-    rungs = rungs_of(min(grace, last), job.config.tune.asha.reduction_factor, last)
-    return Task(trial=name, params=params, rungs=tuple(rungs), seed=seed, account=name)
 
 
 def build_searcher(config: FifaConfig, known: Sequence[Params], seed: int) -> Searcher:
@@ -192,62 +181,34 @@ class WithinBudget(Searcher):
         """Nothing to restore."""
 
 
-class CloseAccounts(ray.tune.Callback):
-    """When Tune ends a trial: its devices are taken from it at once, and it is charged for them."""
+class EndTrials(ray.tune.Callback):
+    """When Tune ends a trial, its devices are taken at once, and it is charged for them."""
 
-    def __init__(self, job: SearchJob, ledger: Any) -> None:
-        self.job, self.ledger = job, ledger
+    def __init__(self, conductor: Any, ledger: Any) -> None:
+        self.conductor, self.ledger = conductor, ledger
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """A trial has ended by itself, or the scheduler has stopped it."""
-        self._close(trial.config, "stopped")
+        self._end(trial.trial_id, "stopped")
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """A trial's process has died."""
-        self._close(trial.config, "crashed")
+        self._end(trial.trial_id, "crashed")
 
-    def _close(self, params: Params, status: str) -> None:
-        name = trial_name(plain_params(params))
-        take_devices(self.job, self.ledger, name)
-        place = (self.job.folder, "trials", name, "trial.json")
-        record = read_record(self.job.run, *place)
-        if record is None:
-            return
-        if record.status == "running":
-            record.status = status
-            write_record(self.job.run, record, *place)
-        if record.status in FINISHED and not self.job.config.tune.keep_models:
-            drop_model(self.job, name)
+    def _end(self, trial_id: str, status: str) -> None:
+        became = ray.get(self.conductor.end.remote(trial_id, status))
         spent = ray.get(self.ledger.spent.remote())
-        result = f"win rate {record.last['win_rate']:.1%}" if record.rungs else record.reason
-        steps = f" at step {record.last['steps']:,}" if record.rungs else ""
-        logger.info(
-            "tuning: trial %s %s, %s%s; %.0f device-seconds spent",
-            name,
-            record.status,
-            result or "no result",
-            steps,
-            spent,
-        )
+        logger.info("tuning: trial %s; %.0f device-seconds spent", became, spent)
 
 
-def take_devices(job: SearchJob, ledger: Any, account: str | None = None) -> None:
-    """Kill the workers of a trial and close its leases; None: of all trials."""
-    prefix = worker_prefix(job.config.tune.name, account)
-    for name in list_named_actors():
-        if name.startswith(prefix):
-            with contextlib.suppress(ValueError):  # it has gone by itself
-                ray.kill(ray.get_actor(name))
-    ray.get(ledger.close_trial.remote(account))
-
-
-def _trainable(job: SearchJob, ledger: Any, grace: int, seed: int) -> Any:
+def _trainable(conductor: Any) -> Any:
     def trial(params: Params) -> None:
-        task = task_of(job, plain_params(params), grace, seed)
-        record = run_task(job, task, ledger, report=lambda rung: ray.tune.report(as_report(rung)))
-        if record.status == "failed" and not record.rungs:
+        trial_id = ray.tune.get_context().get_trial_id()
+        while rung := ray.get(conductor.next_rung.remote(trial_id, params)):
+            ray.tune.report(rung)
+        if ray.get(conductor.failed_at_once.remote(trial_id)):
             # Nothing can be worse: the algorithm learns to keep away.
-            ray.tune.report({METRIC: 0.0, TIME: task.rungs[0]})
+            ray.tune.report({METRIC: 0.0, TIME: 0})
 
     return trial
 

@@ -6,7 +6,7 @@ rung that was paid for is known.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,6 @@ from fifa_ray.engine.tune_records import (
     Task,
     TrialRecord,
     branch_of,
-    drop_model,
     read_record,
     record_place,
     task_config,
@@ -43,49 +42,23 @@ Report = Callable[[dict[str, Any]], None]
 
 
 def run_task(job: SearchJob, task: Task, ledger: Any, report: Report) -> TrialRecord:
-    """Do a task, or what is left of it; `report` is called at every rung, known ones first.
-
-    It may not return: then whoever stopped the trial closes its account. What goes wrong in a
-    trial is in its record; a trial that the budget or a crash cut short is not finished.
-    """
-    place = record_place(job, task)
-    record = read_record(job.run, *place) or TrialRecord(task.trial, task.params)
-    for rung in record.rungs:
+    """Do a task, or what is left of it; `report` is called at every rung, known ones first."""
+    work = TaskRun(job, task, ledger)
+    for rung in work.rungs():
         report(rung)
-    if record.status in FINISHED:
-        return record
-    record.status, record.reason = "running", ""
-    write_record(job.run, record, *place)
-    devices: TrialDevices | None = None
-    try:
-        work = TaskRun(job, task, ledger, record, report)
-        devices = work.devices
-        work.run()
-    except OutOfTime:
-        record.status = "budget"
-    except ray.exceptions.RayActorError as error:
-        out_of_time = devices is not None and devices.is_out_of_time()
-        record.status = "budget" if out_of_time else "crashed"
-        record.reason = "" if out_of_time else first_line(error)
-    except Exception as error:  # whatever is wrong with one trial, the others go on
-        record.status, record.reason = "failed", first_line(error)
-    finally:
-        if devices is not None:
-            devices.give_back()
-    write_record(job.run, record, *place)
-    if record.status in FINISHED and not job.config.tune.keep_models and task.purpose == "search":
-        drop_model(job, task.trial)
-    return record
+    return work.record
 
 
 class TaskRun:
-    """A task at work."""
+    """A task at work. What goes wrong in it is in its record; a trial that the budget, a crash or
+    whoever stopped asking for rungs has cut short is not finished.
+    """
 
-    def __init__(
-        self, job: SearchJob, task: Task, ledger: Any, record: TrialRecord, report: Report
-    ) -> None:
-        self.job, self.task, self.record, self.report = job, task, record, report
-        self.ledger = ledger
+    def __init__(self, job: SearchJob, task: Task, ledger: Any) -> None:
+        self.job, self.task, self.ledger = job, task, ledger
+        self.place = record_place(job, task)
+        found = read_record(job.run, *self.place)
+        self.record = found or TrialRecord(task.trial, task.params)
         self.branch = branch_of(job, task.trial)
         self.config = task_config(job, task, self.branch.uri)
         self.devices = TrialDevices(
@@ -93,8 +66,30 @@ class TaskRun:
         )
         self.prompts = job.prompts(task.purpose)
 
-    def run(self) -> None:
-        """All rungs that are left, as far as the budget goes."""
+    def rungs(self) -> Iterator[dict[str, Any]]:
+        """Every rung: those that are known, then new ones, each worked for when it is asked for."""
+        record = self.record
+        yield from list(record.rungs)
+        if record.status in FINISHED:
+            return
+        record.status, record.reason = "running", ""
+        write_record(self.job.run, record, *self.place)
+        try:
+            yield from self._new_rungs()
+        except OutOfTime:
+            record.status = "budget"
+        except ray.exceptions.RayActorError as error:
+            out_of_time = self.devices.is_out_of_time()
+            record.status = "budget" if out_of_time else "crashed"
+            record.reason = "" if out_of_time else first_line(error)
+        except Exception as error:  # whatever is wrong with one trial, the others go on
+            record.status, record.reason = "failed", first_line(error)
+        finally:
+            self.devices.give_back()
+        write_record(self.job.run, record, *self.place)
+
+    def _new_rungs(self) -> Iterator[dict[str, Any]]:
+        """The rungs that are left, as far as the budget goes."""
         todo = [steps for steps in self.task.rungs if steps > self._steps_done()]
         if not self._select():
             self.record.status = "budget"
@@ -109,7 +104,7 @@ class TaskRun:
             missing = missing[:0]
             manifest = self._train(pairs, steps)
             last = steps == self.task.rungs[-1] or manifest.details["stopped_early"]
-            self._judge(manifest, steps, last=last)
+            yield self._judge(manifest, steps, last=last)
             if last:
                 return
         self.record.status = "complete"
@@ -211,8 +206,8 @@ class TaskRun:
             latents=(job.cache.folder, job.cache.layout),
         )
 
-    def _judge(self, manifest: Manifest, steps: int, *, last: bool) -> None:
-        """Draw with the model as it is, count its wins over the base, and report.
+    def _judge(self, manifest: Manifest, steps: int, *, last: bool) -> dict[str, Any]:
+        """Draw with the model as it is, and count its wins over the base: a rung.
 
         A trial that has done its last rung is complete, whatever the scheduler says to it.
         """
@@ -229,8 +224,8 @@ class TaskRun:
             "failed_images": drawn.failed,
         }
         self.record.rungs.append(rung)
-        write_record(self.job.run, self.record, *record_place(self.job, self.task))
-        self.report(rung)
+        write_record(self.job.run, self.record, *self.place)
+        return rung
 
 
 def _items_of(pairs: pa.Table, empty_prompt: int) -> np.ndarray:
@@ -238,8 +233,3 @@ def _items_of(pairs: pa.Table, empty_prompt: int) -> np.ndarray:
     names = ("chosen_item", "rejected_item", "prompt_item")
     found = [pairs.column(name).to_numpy() for name in names]
     return np.unique(np.concatenate([*found, np.array([empty_prompt])]))
-
-
-def as_report(rung: Mapping[str, Any]) -> dict[str, Any]:
-    """What Tune is told of a rung."""
-    return {"win_rate": rung["win_rate"], "optimizer_step": rung["steps"]}

@@ -9,7 +9,6 @@ import os
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -213,16 +212,6 @@ class TrialWorker:
                 end(1)
                 return
             time.sleep(POLL_SECONDS)
-
-
-def worker_prefix(search: str, account: str | None = None) -> str:
-    """How names of workers begin: those of one account, or of the whole search."""
-    return f"fifa-tune/{search}/" + (f"{account}/" if account else "")
-
-
-def worker_name(search: str, account: str) -> str:
-    """A name by which the driver finds a worker; those of one account come after each other."""
-    return worker_prefix(search, account) + uuid.uuid4().hex[:6]
 
 
 def _local(weights: GeneratorWeights, copies: str) -> GeneratorWeights:
