@@ -135,6 +135,7 @@ class AutoscalerOptions(_Fields):
     version: Literal["v1", "v2"]
     idleTimeoutSeconds: int = Field(ge=0)
     upscalingMode: Literal["Default", "Aggressive", "Conservative"]
+    env: list[dict[str, Any]]
     securityContext: dict[str, Any]
     resources: dict[str, Any]
 

@@ -27,6 +27,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr,
 )
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager import config as instance_config
 
 import fifa_ray
 from fifa_ray.config import load_config
@@ -101,6 +102,7 @@ def check_cluster(manifest: dict[str, Any]) -> dict[str, Any]:
     for number, group in enumerate([spec["headGroupSpec"], *spec["workerGroupSpecs"]]):
         check_kubernetes(group["template"], "V1PodTemplateSpec", f"group {number}")
     options = spec["autoscalerOptions"]
+    check_kubernetes(options["env"], "list[V1EnvVar]")
     check_kubernetes(options["securityContext"], "V1SecurityContext")
     check_kubernetes(options["resources"], "V1ResourceRequirements")
     return _derive_autoscaling_config_from_ray_cr(manifest)["available_node_types"]
@@ -310,6 +312,9 @@ def test_clusters_ask_for_a_token_and_show_no_dashboard(raycluster, ray_up):
     spec = raycluster["spec"]
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["autoscalerOptions"]["version"] == "v2"
+    (variable,) = spec["autoscalerOptions"]["env"]
+    # The name is Ray's own, in the module that reads it.
+    assert variable["name"] in Path(instance_config.__file__).read_text()
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
     assert spec["rayVersion"] == pinned()["ray"]
     assert "--env RAY_AUTH_MODE=token" in ray_up["docker"]["run_options"]
