@@ -8,6 +8,7 @@ inputs the table came, so that running again skips what is done and redoes what 
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -155,6 +156,18 @@ class RunDir:
             raise ValueError(f"{path} holds no parquet part; run the stage that writes it")
         empty = schema.empty_table()
         return empty if names is None else empty.select(names)
+
+    def read_rows(
+        self, *parts: str, start: int, stop: int, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """Rows `start` to `stop` of one parquet file; reads the row groups they lie in alone."""
+        with pq.ParquetFile(self.filesystem.open_input_file(self.path(*parts))) as file:
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            stops = list(itertools.accumulate(sizes))
+            groups = [i for i, end in enumerate(stops) if end > start and end - sizes[i] < stop]
+            table = file.read_row_groups(groups, columns=columns and list(columns))
+            first = stops[groups[0]] - sizes[groups[0]] if groups else 0
+        return table.slice(start - first, stop - start)
 
     def num_rows(self, *parts: str) -> int:
         """Rows of all parts of a folder, from their footers."""

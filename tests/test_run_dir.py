@@ -117,3 +117,12 @@ def test_fingerprints_see_values_not_the_order_of_keys():
 def test_an_unknown_scheme_is_explained():
     with pytest.raises(ValueError, match="no filesystem for 'nosuch://x'"):
         resolve_filesystem("nosuch://x")
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 3), (2, 5), (4, 12), (9, 40), (30, 31)])
+def test_rows_of_a_part_are_those_of_the_whole_table(tmp_path, start, stop):
+    run = RunDir(str(tmp_path))
+    whole = pa.table({"a": list(range(31)), "b": [str(i) for i in range(31)]})
+    run.write_table(whole, "t", "part-000000.parquet", row_group_size=4)
+    found = run.read_rows("t", "part-000000.parquet", start=start, stop=stop, columns=["b"])
+    assert found.equals(whole.select(["b"]).slice(start, stop - start))

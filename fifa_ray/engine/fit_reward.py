@@ -24,7 +24,7 @@ import ray
 
 from fifa_ray import schema
 from fifa_ray.config import FifaConfig, FittedOptions, RewardConfig
-from fifa_ray.engine.map_stage import MapStage, first_by_key, part_and_answers
+from fifa_ray.engine.map_stage import MapStage, PartialFiles, first_by_key, part_and_answers
 from fifa_ray.engine.rewards import reward_stage, run_reward_stage
 from fifa_ray.engine.score_pairs import AssembleRewards
 from fifa_ray.models.image_encoder import build_encoder_transform
@@ -117,9 +117,9 @@ def fit_folds(
 
     `features`: the folder of the stage's partial rows. Raises ValueError where a fold has no pair.
     """
-    names, parts = features.list(), run.list(stage.input_table)
+    files, parts = ray.put(PartialFiles.of(features.list())), run.list(stage.input_table)
     task: Any = _differences_of_part.options(num_returns=2)
-    refs = [task.remote(run, stage, features, names, p, options.folds, seed) for p in parts]
+    refs = [task.remote(run, stage, features, files, p, options.folds, seed) for p in parts]
     blocks = [block for block, _ in refs]
     summaries: list[_PartSummary] = ray.get([summary for _, summary in refs])
     fold = np.concatenate([summary.fold for summary in summaries])
@@ -188,13 +188,13 @@ def _differences_of_part(
     run: RunDir,
     stage: MapStage,
     features: RunDir,
-    names: list[str],
+    files: PartialFiles,
     part: str,
     num_folds: int,
     seed: int,
 ) -> tuple[np.ndarray, _PartSummary]:
     """float32 (P, F) features of the chosen minus those of the rejected images, by pair_id."""
-    pairs, answers = part_and_answers(run, stage, features, names, part)
+    pairs, answers = part_and_answers(run, stage, features, files, part)
     is_chosen = answers.column("is_chosen")
     sides = [
         first_by_key(answers.filter(side), schema.PAIR_ID)

@@ -241,7 +241,7 @@ def _reduce_bucket(run: RunDir, names: Sequence[str], part: str, low: int, high:
             run, [(*PARTIAL, "exchange", name) for name in names], EXCHANGE, low, high
         )
         prompts, dropped = resolve_prompts(exchange)
-        run.write_table(prompts, "prompts", part)
+        run.write_table(prompts, "prompts", part, row_group_size=ROW_GROUP)
         run.write_table(dropped, *PARTIAL, "dropped", part, row_group_size=ROW_GROUP)
     return _num_rows(run, "prompts", part)
 
@@ -262,7 +262,7 @@ def _write_chunk(run: RunDir, name: str) -> RowCounts:
         if len(bad):
             run.write_table(bad, *quarantine)
         # Last: where it is, its quarantine is.
-        run.write_table(pairs, "pairs", name)
+        run.write_table(pairs, "pairs", name, row_group_size=ROW_GROUP)
     bad = (
         run.read_table(*quarantine) if run.exists(*quarantine) else schema.QUARANTINE.empty_table()
     )

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
-from pyarrow import parquet as pq
 
 from fifa_ray import schema
 from fifa_ray.engine.block_times import describe_work
@@ -31,6 +30,10 @@ from fifa_ray.run_dir import Manifest, RunDir
 from fifa_ray.sources.source import PASSING_REASONS
 
 logger = logging.getLogger(__name__)
+
+# Work items of one Ray Data execution, ten million pairs: its driver keeps some kilobytes of each.
+# Another execution starts the actors anew.
+ITEMS_PER_PASS = 20_000
 
 Transform = Callable[["ray.data.Dataset"], "ray.data.Dataset"]
 # (rows of one input part, the partial rows of its keys) -> (rows of the stage's part, quarantine)
@@ -98,9 +101,7 @@ def run_map_stage(
         )
     work: list[dict[str, Any]] = []
     if len(done) < total:
-        receipts = _execute(run, stage, partial, transform, done, total)
-        workers = pool_size(pool) if pool else None
-        work = describe_work(receipts, total - len(done), workers)
+        work = _execute(run, stage, partial, transform, done, total, pool)
     cost = reserved(pool or {})
     if before_align is not None:
         before_align(partial)
@@ -147,9 +148,12 @@ def _execute(
     transform: Transform,
     done: np.ndarray,
     total: int,
-) -> "ray.data.Dataset":
+    pool: Mapping[str, Any] | None,
+) -> list[dict[str, Any]]:
+    """Answer the keys that are left; what the blocks of the first pass took, for the manifest."""
     quiet_ray_data()
-    items = work_items(run, stage.input_table, stage.rows_per_item, stage.boundary)
+    done_ref = ray.put(done)
+    items = _work_items(run, stage, done_ref)
     # Reading and writing small rows ask for no core: a share of one could never be had beside an
     # actor that holds the only core of a small machine. Their number is bounded instead.
     small: dict[str, Any] = {
@@ -158,40 +162,65 @@ def _execute(
         "num_cpus": 0,
         "compute": ray.data.TaskPoolStrategy(size=small_tasks()),
     }
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _ReadItems(run, stage, ray.put(done)), **small
-    )
-    receipts = transform(dataset).map_batches(_WritePartial(partial, stage), **small)
+    work: list[dict[str, Any]] = []
     progress = Progress(stage.name, total, done=len(done))
-    for batch in receipts.iter_batches(batch_size=None, batch_format="numpy"):
-        progress.advance(round(float(batch["keys"].sum())))
+    for start in range(0, len(items), ITEMS_PER_PASS):
+        some = items[start : start + ITEMS_PER_PASS]
+        dataset = ray.data.from_items(some, override_num_blocks=len(some)).map_batches(
+            _ReadItems(run, stage, done_ref), **small
+        )
+        receipts = transform(dataset).map_batches(_WritePartial(partial, stage), **small)
+        before = progress.done
+        for batch in receipts.iter_batches(batch_size=None, batch_format="numpy"):
+            progress.advance(round(float(batch["keys"].sum())))
+        if not work:
+            workers = pool_size(pool) if pool else None
+            work = describe_work(receipts, progress.done - before, workers)
     progress.close()
-    return receipts
+    return work
 
 
-def work_items(
-    run: RunDir, table: str, rows_per_item: int, boundary: str | None = None
+def _work_items(
+    run: RunDir, stage: MapStage, done: "ray.ObjectRef[np.ndarray]"
 ) -> list[dict[str, Any]]:
-    """Row ranges of the parts of a table: what one read task handles.
+    """Row ranges of the parts of the input that hold a key not done yet: what one task reads."""
+    parts = run.list(stage.input_table)
+    found = ray.get([_items_of_part.remote(run, stage, part, done) for part in parts])
+    return [item for of_part in found for item in of_part]
 
-    With a boundary column no item splits a run of equal values, so an item may be longer.
+
+@ray.remote(num_cpus=0.5)
+def _items_of_part(
+    run: RunDir, stage: MapStage, part: str, done: np.ndarray
+) -> list[dict[str, Any]]:
+    columns = [stage.key] if stage.boundary is None else [stage.key, stage.boundary]
+    rows = run.read_table(stage.input_table, part, columns=columns)
+    values = None if stage.boundary is None else rows.column(stage.boundary).to_numpy()
+    missing = ~_among(rows.column(stage.key).to_numpy(), done)
+    ranges = cut_rows(len(rows), stage.rows_per_item, values)
+    return [
+        {"part": part, "start": start, "stop": stop}
+        for start, stop in ranges
+        if missing[start:stop].any()
+    ]
+
+
+def cut_rows(
+    num_rows: int, rows_per_item: int, boundary: np.ndarray | None = None
+) -> Iterator[tuple[int, int]]:
+    """Ranges of at least `rows_per_item` rows but the last, in order.
+
+    With the values of a boundary column no range splits a run of equal ones.
     """
-    items = []
-    for name in run.list(table):
-        if boundary is None:
-            rows = pq.read_metadata(run.path(table, name), filesystem=run.filesystem).num_rows
-            cuts = np.arange(rows)
-        else:
-            values = run.read_table(table, name, columns=[boundary]).column(0).to_numpy()
-            rows = len(values)
-            cuts = np.concatenate([[0], np.flatnonzero(np.diff(values)) + 1]) if rows else values
-        start = 0
-        while start < rows:
-            next_cut = np.searchsorted(cuts, start + rows_per_item)
-            stop = int(cuts[next_cut]) if next_cut < len(cuts) else rows
-            items.append({"part": name, "start": start, "stop": stop})
-            start = stop
-    return items
+    cuts = np.arange(1, num_rows)
+    if boundary is not None:
+        cuts = np.flatnonzero(np.diff(boundary)) + 1
+    start = 0
+    while start < num_rows:
+        place = np.searchsorted(cuts, start + rows_per_item)
+        stop = int(cuts[place]) if place < len(cuts) else num_rows
+        yield start, stop
+        start = stop
 
 
 class _ReadItems:
@@ -204,11 +233,14 @@ class _ReadItems:
     def __call__(self, items: pa.Table) -> Iterator[pa.Table]:
         done = ray.get(self.done)
         for item in items.to_pylist():
-            table = self.run.read_table(
-                self.stage.input_table, item["part"], columns=self.stage.input_columns
+            rows = self.run.read_rows(
+                self.stage.input_table,
+                item["part"],
+                start=item["start"],
+                stop=item["stop"],
+                columns=self.stage.input_columns,
             )
-            rows = table.slice(item["start"], item["stop"] - item["start"])
-            missing = ~np.isin(rows.column(self.stage.key).to_numpy(), done)
+            missing = ~_among(rows.column(self.stage.key).to_numpy(), done)
             if missing.any():
                 if not missing.all():
                     logger.info(
@@ -244,9 +276,32 @@ def _hex(key: int) -> str:
     return f"{int(key) + (1 << 63):016x}"
 
 
-def _overlapping(names: Sequence[str], low: int, high: int) -> list[str]:
-    lowest, highest = _hex(low), _hex(high)
-    return [n for n in names if n[:16] <= highest and n[17:33] >= lowest]
+@dataclass(frozen=True)
+class PartialFiles:
+    """The partial files of a stage and the range of keys (uint64, as in their names) of each."""
+
+    names: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "PartialFiles":
+        """Read from the names."""
+        low, high = ([int(name[at : at + 16], 16) for name in names] for at in (0, 17))
+        return cls(np.array(names, object), np.array(low, np.uint64), np.array(high, np.uint64))
+
+    def near(self, low: int, high: int) -> list[str]:
+        """Names of those that may hold keys from `low` to `high`."""
+        first, last = np.uint64(int(low) + (1 << 63)), np.uint64(int(high) + (1 << 63))
+        return list(self.names[(self.low <= last) & (self.high >= first)])
+
+
+def _among(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which keys are in the sorted array `known`, without sorting it again as np.isin would."""
+    if not len(known):
+        return np.zeros(len(keys), bool)
+    found: np.ndarray = known[np.minimum(np.searchsorted(known, keys), len(known) - 1)] == keys
+    return found
 
 
 def _done_keys(run: RunDir, stage: MapStage, partial: RunDir) -> np.ndarray:
@@ -254,16 +309,17 @@ def _done_keys(run: RunDir, stage: MapStage, partial: RunDir) -> np.ndarray:
     names = partial.list()
     if not names:
         return np.empty(0, np.int64)
+    files = ray.put(PartialFiles.of(names))
     parts = run.list(stage.input_table)
-    refs = [_done_keys_of_part.remote(run, stage, partial, names, part) for part in parts]
+    refs = [_done_keys_of_part.remote(run, stage, partial, files, part) for part in parts]
     return np.sort(np.concatenate([np.empty(0, np.int64), *ray.get(refs)]))
 
 
 @ray.remote(num_cpus=0.5)
 def _done_keys_of_part(
-    run: RunDir, stage: MapStage, partial: RunDir, names: list[str], part: str
+    run: RunDir, stage: MapStage, partial: RunDir, files: PartialFiles, part: str
 ) -> np.ndarray:
-    inputs, answers = part_and_answers(run, stage, partial, names, part)
+    inputs, answers = part_and_answers(run, stage, partial, files, part)
     answered = answers.column(stage.key).to_numpy()
     if stage.answered_keys is not None:
         answered = stage.answered_keys(answers)
@@ -272,14 +328,14 @@ def _done_keys_of_part(
 
 
 def part_and_answers(
-    run: RunDir, stage: MapStage, partial: RunDir, names: list[str], part: str
+    run: RunDir, stage: MapStage, partial: RunDir, files: PartialFiles, part: str
 ) -> tuple[pa.Table, pa.Table]:
-    """The rows of one input part and all partial rows of their keys, from the files `names`."""
+    """The rows of one input part and all partial rows of their keys."""
     inputs = run.read_table(stage.input_table, part)
     if not len(inputs):
         return inputs, stage.partial_schema.empty_table()
     keys = inputs.column(stage.key).to_numpy()
-    near = _overlapping(names, keys.min(), keys.max())
+    near = files.near(keys.min(), keys.max())
     tables = [stage.partial_schema.empty_table(), *(partial.read_table(name) for name in near)]
     answers = pa.concat_tables(tables)
     answers = answers.filter(np.isin(answers.column(stage.key).to_numpy(), keys))
@@ -292,9 +348,9 @@ def part_and_answers(
 
 def _align(run: RunDir, stage: MapStage, partial: RunDir) -> dict[str, int]:
     """Write the stage's parts; rows out under the empty reason, quarantined under theirs."""
-    names = partial.list()
+    files = ray.put(PartialFiles.of(partial.list()))
     parts = run.list(stage.input_table)
-    refs = [_align_part.remote(run, stage, partial, names, part) for part in parts]
+    refs = [_align_part.remote(run, stage, partial, files, part) for part in parts]
     total: dict[str, int] = {}
     for counts in ray.get(refs):
         for reason, count in counts.items():
@@ -304,9 +360,9 @@ def _align(run: RunDir, stage: MapStage, partial: RunDir) -> dict[str, int]:
 
 @ray.remote(num_cpus=0.5)
 def _align_part(
-    run: RunDir, stage: MapStage, partial: RunDir, names: list[str], part: str
+    run: RunDir, stage: MapStage, partial: RunDir, files: PartialFiles, part: str
 ) -> dict[str, int]:
-    inputs, answers = part_and_answers(run, stage, partial, names, part)
+    inputs, answers = part_and_answers(run, stage, partial, files, part)
     out, bad = stage.assemble(inputs, answers)
     if len(out) + len(bad) != len(inputs):
         raise RuntimeError(

@@ -9,8 +9,11 @@ import pyarrow as pa
 import pytest
 
 from fifa_ray import schema
+from fifa_ray.engine import map_stage
 from fifa_ray.engine.map_stage import (
     MapStage,
+    PartialFiles,
+    cut_rows,
     first_by_key,
     quarantine_rows,
     run_map_stage,
@@ -59,6 +62,36 @@ def test_every_prompt_is_answered_in_the_inputs_order(ray_session, tmp_path, par
     assert found.column("prompt_id").equals(prompts.column("prompt_id"))
     assert found.column("length").to_pylist() == [len(t) for t in prompts["prompt"].to_pylist()]
     assert not run.exists("partial", "lengths-f")
+
+
+def test_many_passes_answer_what_one_does(ray_session, tmp_path, monkeypatch):
+    run, other = RunDir(str(tmp_path / "one")), RunDir(str(tmp_path / "many"))
+    for each in (run, other):
+        write_prompts(each, 95, 3)
+    run_lengths(run)
+    monkeypatch.setattr(map_stage, "ITEMS_PER_PASS", 4)
+    manifest = run_lengths(other)
+    assert manifest.rows_out == 95
+    assert other.read_table("lengths").equals(run.read_table("lengths"))
+
+
+def test_rows_are_cut_where_a_run_of_equal_values_ends():
+    assert list(cut_rows(10, 4)) == [(0, 4), (4, 8), (8, 10)]
+    groups = np.array([0, 0, 0, 1, 1, 1, 2, 3, 3, 3])
+    assert list(cut_rows(10, 4, groups)) == [(0, 6), (6, 10)]
+    assert list(cut_rows(10, 1, groups)) == [(0, 3), (3, 6), (6, 7), (7, 10)]
+    assert list(cut_rows(0, 4, groups[:0])) == []
+
+
+def test_partial_files_are_found_by_their_keys():
+    names = [f"{low + 2**63:016x}-{high + 2**63:016x}-{'0' * 12}.parquet"
+             for low, high in ((-(2**63), -5), (-4, 7), (3, 20), (30, 2**63 - 1))]  # fmt: skip
+    files = PartialFiles.of(names)
+    assert files.near(-4, 2) == names[1:2]
+    assert files.near(7, 30) == names[1:]
+    assert files.near(21, 29) == []
+    assert files.near(-(2**63), 2**63 - 1) == names
+    assert PartialFiles.of([]).near(0, 1) == []
 
 
 def test_a_complete_stage_is_not_run_again(ray_session, tmp_path):
