@@ -21,6 +21,7 @@ from fifa_ray.config import ReportConfig
 from fifa_ray.report import (
     agreement,
     charts,
+    cost,
     evaluation,
     funnel,
     gallery,
@@ -29,8 +30,8 @@ from fifa_ray.report import (
     stages,
     terms,
     training,
-)
     tuning,
+)
 from fifa_ray.report.formatting import FILTERS
 from fifa_ray.report.section import Absent, NotPlanned, Section
 from fifa_ray.report.tables import RunTables
@@ -47,8 +48,8 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[RunTables], Section]], ...] = (
     ("comparison", "Against other ways to choose", "Baselines", overview.comparison),
     ("training", "How the training went", "Training", training.build),
     ("evaluation", "Whether the tuned model is better", "Evaluation", evaluation.build),
-    ("distributions", "The terms of the score", "Terms", terms.distributions),
     ("tuning", "What the search has found", "Search", tuning.build),
+    ("distributions", "The terms of the score", "Terms", terms.distributions),
     (
         "scatter",
         "Reward margin against prompt quality",
@@ -60,7 +61,8 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[RunTables], Section]], ...] = (
     ("flagged", "Flagged as harmful", "Flagged", prompts.flagged),
     ("agreement", "Reward models and people", "Agreement", agreement.agreement),
     ("neighbors", "How exact the neighbours are", "Neighbours", stages.neighbors),
-    ("stages", "Time and cost", "Cost", stages.stages),
+    ("stages", "What each stage did", "Stages", stages.stages),
+    ("cost", "What it cost, and what was planned", "Cost", cost.build),
     ("settings", "Settings and versions", "Settings", stages.settings),
 )
 
