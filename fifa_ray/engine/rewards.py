@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
@@ -39,8 +40,10 @@ from fifa_ray.models.reward import ImageTransform, build_image_transform, build_
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint
 from fifa_ray.sources import open_source
 
-# Pairs per work item, rounded up to whole row groups of the source.
-PAIRS_PER_ITEM = 512
+# Pairs per work item, rounded up to whole row groups of the source: few, since a killed run redoes
+# them, but more of a large dataset, since each costs Ray's driver some ten milliseconds.
+PAIRS_PER_ITEM = (512, 4096)
+ITEMS = 20_000
 
 
 def run_rewards(run: RunDir, config: FifaConfig) -> list[Manifest]:
@@ -102,7 +105,7 @@ def reward_stage(
         input_columns=INPUT_COLUMNS,
         partial_schema=partial_schema(value),
         assemble=assemble,
-        rows_per_item=PAIRS_PER_ITEM,
+        rows_per_item=int(np.clip(pairs.rows_out // ITEMS, *PAIRS_PER_ITEM)),
         keys_in=lambda sides: len(sides) / 2,
         boundary="source_group",
         answered_keys=pairs_with_both_sides,
