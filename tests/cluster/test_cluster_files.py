@@ -1,7 +1,4 @@
-"""The cluster files against the schemas of those who read them, and against each other.
-
-Nothing here runs on a cloud: EC2 is moto's, Google's and Kubernetes' are their own descriptions.
-"""
+"""The KubeRay files against the schemas of their readers, and all files against each other."""
 
 import copy
 import re
@@ -12,40 +9,36 @@ from typing import Any
 
 import jsonschema
 import pytest
-import yaml
 from cluster.descriptions import (
     KUBERAY_CRDS,
     RayClusterSpec,
     RayJobSpec,
     check_crd,
-    check_google_instance,
     check_kubernetes,
     field_paths,
     read_crd,
 )
+from cluster.files import CLUSTER, RAY_UP, REPOSITORY, read
 from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr,
 )
-from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler._private.util import prepare_config
 from ray.autoscaler.v2.instance_manager import config as instance_config
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.autoscaler_pb2 import ResourceRequestByCount
+from ray.core.generated.common_pb2 import LabelSelectorOperator
 
 import fifa_ray
 from fifa_ray.config import load_config
 
-REPOSITORY = Path(__file__).parents[2]
-CLUSTER = REPOSITORY / "cluster"
 IN_IMAGE = "/opt/fifa-ray/"
 WORK = {"decode", "reward", "judge", "train"}
-RAY_UP = ("aws", "gcp")
 
 needs_crds = pytest.mark.skipif(
     not KUBERAY_CRDS.is_dir(),
     reason=f"no KubeRay CRDs at {KUBERAY_CRDS}; set FIFA_TEST_DATA to the folder of kuberay/",
 )
-
-
-def read(name: str) -> dict[str, Any]:
-    return yaml.safe_load((CLUSTER / name).read_text())
 
 
 @pytest.fixture
@@ -164,89 +157,6 @@ def test_the_fields_named_by_hand_are_those_of_the_definitions():
                 here = here.get("items", here)["properties"][step]
 
 
-# ray up
-
-
-def test_ray_takes_the_cluster_files(ray_up):
-    config = prepare_config(ray_up)
-    validate_config(config)
-    groups = [g for name, g in config["available_node_types"].items() if name != "head"]
-    assert config["max_workers"] == sum(group["max_workers"] for group in groups)
-
-
-@pytest.mark.parametrize(
-    "place", [(), ("auth",), ("docker",), ("available_node_types", "reward")], ids=str
-)
-def test_a_mistake_in_a_cluster_file_is_found(ray_up, place):
-    here = ray_up
-    for step in place:
-        here = here[step]
-    here["unheard_of"] = 1
-    with pytest.raises(jsonschema.ValidationError, match="unheard_of"):
-        validate_config(prepare_config(ray_up))
-
-
-@pytest.fixture
-def ec2(monkeypatch, tmp_path) -> Iterator[Any]:
-    """An EC2 in this process, which checks requests against Amazon's own API description."""
-    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("HOME", str(tmp_path))  # where the key pair goes
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
-    (tmp_path / ".ssh").mkdir()
-    with moto.mock_aws():
-        boto3.client("iam").create_instance_profile(InstanceProfileName="fifa-ray")
-        yield boto3.client("ec2")
-
-
-def filled_in(config: dict[str, Any], ec2: Any) -> dict[str, Any]:
-    """The file with what a user fills in, in moto's world."""
-    subnet = ec2.describe_subnets()["Subnets"][0]
-    members = ec2.create_security_group(GroupName="x", Description="x", VpcId=subnet["VpcId"])
-    for group in config["available_node_types"].values():
-        node = group["node_config"] = dict(group["node_config"])
-        node["ImageId"] = ec2.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
-        node["SubnetIds"] = [subnet["SubnetId"]]
-        node["SecurityGroupIds"] = [members["GroupId"]]
-    return config
-
-
-def test_ray_starts_every_group_on_ec2(ec2):
-    from botocore.exceptions import ParamValidationError
-    from ray.autoscaler._private.aws.config import bootstrap_aws
-    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
-
-    config = bootstrap_aws(prepare_config(filled_in(read("ray-up/aws.yaml"), ec2)))
-    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
-    for name, group in config["available_node_types"].items():
-        tags = {"ray-node-type": "worker", "ray-user-node-type": name}
-        (node,) = provider.create_node(group["node_config"], tags, 1).values()
-        is_spot = group.get("labels", {}).get("ray.io/market-type") == "spot"
-        assert node.instance_type == group["node_config"]["InstanceType"]
-        assert node.instance_lifecycle == ("spot" if is_spot else None)
-        assert node.iam_instance_profile["Arn"].endswith("/fifa-ray")
-        assert node.metadata_options["HttpTokens"] == "required"
-    wrong = config["available_node_types"]["reward"]["node_config"] | {"InstanceTypes": "x"}
-    with pytest.raises(ParamValidationError, match="InstanceTypes"):
-        provider.create_node(wrong, tags, 1)
-
-
-def test_google_knows_every_key_of_its_machines():
-    groups = read("ray-up/gcp.yaml")["available_node_types"]
-    for group in groups.values():
-        check_google_instance(group["node_config"])
-    spot = groups["reward-spot"]["node_config"]
-    assert spot["scheduling"]["provisioningModel"] == "SPOT"
-    for wrong in (
-        {"machinesType": "x"},
-        {"scheduling": {"provisioningModel": "CHEAP"}},
-        {"disks": {}},
-    ):
-        with pytest.raises(jsonschema.ValidationError):
-            check_google_instance(spot | wrong)
-
-
 # All files together
 
 
@@ -291,6 +201,44 @@ def test_each_kind_of_work_starts_from_nothing_on_spot_machines_with_a_fallback(
             tolerated = {t["key"] for t in spec["tolerations"]}
             assert ("fifa-ray/capacity" in tolerated) == (capacity == "spot")
             assert ("nvidia.com/gpu" in tolerated) == ("GPU" in groups[name]["resources"])
+
+
+def nodes_for(
+    config: dict[str, Any],
+    count: int,
+    resources: dict[str, float],
+    work: str = "",
+    missing: tuple[str, ...] = (),
+) -> dict[str, int]:
+    """What Ray's autoscaler starts for so many requests when groups in `missing` just failed."""
+    selector = [("fifa-ray/work", LabelSelectorOperator.Value("LABEL_OPERATOR_IN"), [work])]
+    request = ResourceRequestUtil.make(resources, label_selectors=[selector] if work else None)
+    settings = instance_config.AutoscalingConfig(config, skip_content_hash=True)
+    asked = SchedulingRequest(
+        node_type_configs=settings.get_node_type_configs(),
+        resource_requests=[ResourceRequestByCount(request=request, count=count)],
+        recoverable_resource_availabilities=dict.fromkeys(missing, 0.0),
+        disable_launch_config_check=True,
+    )
+    launched = ResourceDemandScheduler().schedule(asked).to_launch
+    return {entry.instance_type: entry.count for entry in launched}
+
+
+@pytest.mark.parametrize("name", ["kuberay", "aws", "gcp"])
+def test_rays_autoscaler_starts_the_group_that_each_stage_needs(name, raycluster):
+    config = (
+        _derive_autoscaling_config_from_ray_cr(raycluster)
+        if name == "kuberay"
+        else prepare_config(read(f"ray-up/{name}.yaml"))
+    )
+    scorer = {"GPU": 0.5, "CPU": 1}
+    assert nodes_for(config, 40, {"CPU": 1}) == {"decode-spot": 3}
+    assert nodes_for(config, 8, scorer, "reward") == {"reward-spot": 4}
+    assert nodes_for(config, 8, scorer, "reward", missing=("reward-spot",)) == {"reward": 4}
+    # vLLM's actors take no labels: by their cores.
+    assert nodes_for(config, 2, {"GPU": 1, "CPU": 8}) == {"judge-spot": 2}
+    assert nodes_for(config, 8, {"GPU": 1, "CPU": 1}, "train") == {"train-spot": 1}
+    assert nodes_for(config, 1, {"GPU": 1}, "unheard-of") == {}
 
 
 def test_pods_are_unprivileged_and_bounded(raycluster, rayjob):
@@ -344,20 +292,20 @@ def test_images_are_pinned_and_no_file_holds_a_secret(name):
 
 
 def test_the_jobs_entrypoint_is_in_the_image_and_its_settings_are_known(raycluster, rayjob):
-    program, script, config, *overrides = shlex.split(rayjob["spec"]["entrypoint"])
+    program, script, settings, *overrides = shlex.split(rayjob["spec"]["entrypoint"])
     assert program == "python"
     inside = script.removeprefix(IN_IMAGE)
     assert (REPOSITORY / inside).is_file()
     assert f"COPY {inside.split('/')[0]} " in (CLUSTER / "Containerfile").read_text()
-    loaded = load_config(config, overrides)
+    loaded = load_config(settings, overrides)
     labels = [group["labels"] for group in raycluster["spec"]["workerGroupSpecs"]]
     selectors = [v for k, v in walk(loaded.model_dump()) if k == "label_selector" and v]
     assert selectors
     for selector in selectors:
         assert any(selector.items() <= offered.items() for offered in labels), selector
-    # vLLM's actors take no labels: by their cores they fit on a judge's node and on no reward one.
-    cores = {name: g["resources"]["CPU"] for name, g in check_cluster(raycluster).items()}
-    assert cores["reward"] < loaded.judge.actors.num_cpus <= cores["judge"]
+    judge = {"GPU": loaded.judge.actors.num_gpus, "CPU": loaded.judge.actors.num_cpus}
+    config = _derive_autoscaling_config_from_ray_cr(raycluster)
+    assert nodes_for(config, 1, judge) == {"judge-spot": 1}
 
 
 def test_container_files_have_the_versions_of_the_constraints():
