@@ -23,7 +23,7 @@ from fifa_ray.engine.plan_measured import (
 from fifa_ray.engine.plan_sample import Sample, cluster_groups
 from fifa_ray.engine.plan_scope import scorer_names
 from fifa_ray.engine.plan_size import DatasetSize
-from fifa_ray.engine.rewards import PAIRS_PER_ITEM
+from fifa_ray.engine.rewards import pairs_per_item
 from fifa_ray.planning.estimates import (
     INGEST_SECONDS,
     JOIN_ANCHOR_ROWS,
@@ -67,7 +67,11 @@ class Planner:
         for reward in config.rewards:
             name = f"rewards/{reward.name}"
             yield self._model_stage(
-                name, "pairs", self.size.pairs, reward.actors, pieces_of=PAIRS_PER_ITEM
+                name,
+                "pairs",
+                self.size.pairs,
+                reward.actors,
+                pieces_of=pairs_per_item(self.size.pairs),
             )
         if config.judge.enabled:
             yield self._judge()

@@ -46,6 +46,11 @@ PAIRS_PER_ITEM = (512, 4096)
 ITEMS = 20_000
 
 
+def pairs_per_item(num_pairs: int) -> int:
+    """Pairs of one work item of a dataset of this size."""
+    return int(np.clip(num_pairs // ITEMS, *PAIRS_PER_ITEM))
+
+
 def run_rewards(run: RunDir, config: FifaConfig) -> list[Manifest]:
     """Score all pairs with every configured reward model; each is a stage of its own.
 
@@ -105,7 +110,7 @@ def reward_stage(
         input_columns=INPUT_COLUMNS,
         partial_schema=partial_schema(value),
         assemble=assemble,
-        rows_per_item=int(np.clip(pairs.rows_out // ITEMS, *PAIRS_PER_ITEM)),
+        rows_per_item=pairs_per_item(pairs.rows_out),
         keys_in=lambda sides: len(sides) / 2,
         boundary="source_group",
         answered_keys=pairs_with_both_sides,
