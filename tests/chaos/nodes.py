@@ -7,6 +7,7 @@ work, and Ray takes the nodes for different machines.
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,6 +16,7 @@ from ray.cluster_utils import Cluster
 
 # What Ray's own processes are called; the others below a raylet do the job's work.
 RAY_AGENTS = ("dashboard", "runtime_env", "log_monitor", "monitor.py", "agent.py")
+OBJECT_STORE_BYTES = 150_000_000
 # A dead raylet is noticed after three seconds instead of half a minute.
 QUICK_TO_NOTICE = {
     "health_check_initial_delay_ms": 1000,
@@ -34,9 +36,16 @@ ENVIRONMENT = {
 
 
 class Nodes:
-    """A head and `num_workers` worker nodes of one core each; processes inherit `environment`."""
+    """A head and `num_workers` worker nodes of one core each.
 
-    def __init__(self, num_workers: int, environment: Mapping[str, str] | None = None) -> None:
+    Processes inherit `environment`; objects spill to the folder `spill`.
+    """
+
+    def __init__(
+        self, num_workers: int, spill: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.spill = spill
+        self.spill.mkdir()
         self.environment = ENVIRONMENT | dict(environment or {})
         self.added = 1
         with self._prepared():
@@ -46,6 +55,8 @@ class Nodes:
                     "node_ip_address": "127.0.0.1",
                     "num_cpus": 0,
                     "include_dashboard": False,
+                    "object_store_memory": OBJECT_STORE_BYTES,
+                    "object_spilling_directory": str(spill),
                     "_system_config": QUICK_TO_NOTICE,
                 },
             )

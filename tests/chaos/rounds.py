@@ -29,6 +29,7 @@ from tests.chaos.faults import FAULTS
 from tests.chaos.judge_server import JudgeServer
 from tests.chaos.nodes import Nodes
 from tests.chaos.scene import NUM_NODES, Attempt, Fault, Scene, attempt, last_words
+from tests.chaos.slow_store import CREDENTIALS
 from tests.chaos.workloads import (
     Workload,
     differences,
@@ -40,12 +41,7 @@ from tests.chaos.workloads import (
 )
 
 MAX_ATTEMPTS = 8
-# The local S3 server takes any key.
-CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "test",
-    "AWS_SECRET_ACCESS_KEY": "test",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
+_TIMES = {1: "once", 2: "twice"}
 
 
 @dataclass
@@ -58,6 +54,8 @@ class Round:
     seconds_lost: float
     problems: list[str]
     notes: list[str]
+    # What attempts that stopped by themselves said.
+    stops: list[str]
 
 
 class Arena:
@@ -67,7 +65,7 @@ class Arena:
         self.folder = folder
         self.num_pairs, self.num_prompts = num_pairs, num_prompts
         self.judge = JudgeServer()
-        self.nodes = Nodes(NUM_NODES, CREDENTIALS)
+        self.nodes = Nodes(NUM_NODES, folder / "spill", CREDENTIALS)
         self.workloads: dict[str, Workload] = {}
         self.references: dict[str, tuple[RunDir, float]] = {}
         self.rounds = 0
@@ -97,7 +95,9 @@ class Arena:
         self.judge.set("up")
         self.nodes.restore(NUM_NODES)
         lost = sum(a.seconds for a in attempts) - undisturbed
-        return Round(fault, seed, attempts, lost, problems, scene.notes)
+        stops = [last_words(a.said) for a in attempts[:-1] if a.code > 0]
+        stops = [stop.replace(f"{scene.folder}/", "") for stop in stops]
+        return Round(fault, seed, attempts, lost, problems, scene.notes, stops)
 
     def reference(self, workload: str) -> tuple[RunDir, float]:
         """The undisturbed run of a workload and its seconds."""
@@ -174,17 +174,18 @@ def describe(rounds: Sequence[Round]) -> str:
     """A row of the table: the rounds of one fault."""
     first = rounds[0]
     struck = sum(a.strikes for a in first.attempts)
-    stops = [last_words(a.said) for a in first.attempts[:-1] if a.code > 0]
+    again = len(first.attempts) - 1
     what = [f"struck {struck} times"] if struck > 1 else []
-    if len(first.attempts) > 1:
-        what.append(f"the same command {len(first.attempts) - 1} times again")
-    what += [f"said “{stop[:160]}”" for stop in dict.fromkeys(stops)] + first.notes
-    what.append("same result" if not first.problems and first.fault.check is None else "")
-    problems = [p for of_round in rounds for p in of_round.problems]
-    what += [f"**{problem}**" for problem in dict.fromkeys(problems)]
-    lost = statistics.median(r.seconds_lost for r in rounds)
-    seeds = ", ".join(str(r.seed) for r in rounds)
-    text = "; ".join(w for w in what if w).replace("|", "\\|")
+    what += [f"stopped: “{stop}”" for stop in dict.fromkeys(first.stops)]
+    what += [f"the same command {_TIMES.get(again, f'{again} times')} more"] if again else []
+    what += first.notes
+    problems = dict.fromkeys(problem for played in rounds for problem in played.problems)
+    what += [f"**{problem}**" for problem in problems]
+    if not problems and first.fault.check is None:
+        what.append("same result")
+    lost = statistics.median(played.seconds_lost for played in rounds)
+    seeds = ", ".join(str(played.seed) for played in rounds)
+    text = "; ".join(what).replace("|", "\\|")
     return f"| {first.fault.workload} | {first.fault.name} | {text} | {lost:+.0f} s | {seeds} |"
 
 

@@ -38,6 +38,8 @@ class Scene:
     config: dict[str, Any]
     random: random.Random
     driver: subprocess.Popen[bytes] | None = None
+    # Processes of other jobs on the cluster.
+    others: list[subprocess.Popen[bytes]] = field(default_factory=list)
     # Where the result is to be read, if not at config["run_dir"].
     result: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -153,7 +155,7 @@ def _is_there(run_dir: Path, pattern: str, count: int) -> bool:
 def last_words(said: str) -> str:
     """The message of a driver that stopped, or the last line it logged."""
     lines = [line for line in said.strip().splitlines() if line]
-    errors = [line for line in lines if line.startswith("Error: ")]
+    errors = [line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")]
     if "Traceback" in said:
         return "TRACEBACK: " + lines[-1]
     return re.sub(r"^\d\d:\d\d:\d\d ", "", (errors or lines or [""])[-1])

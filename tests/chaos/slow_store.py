@@ -1,10 +1,59 @@
-"""A TCP proxy in front of an object store's server that answers late, or cuts connections."""
+"""Run directory and dataset on an object store that answers late, or cuts connections."""
 
 import contextlib
+import logging
+import os
 import random
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from fifa_ray.run_dir import RunDir
+from tests.chaos.scene import Scene
+
+# The local S3 server takes any key.
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+def slow_store(delay: float, cuts: float) -> Callable[[Scene], Any]:
+    """Run directory and dataset on S3, behind a proxy that is late and cuts connections."""
+
+    @contextlib.contextmanager
+    def prepare(scene: Scene) -> Iterator[None]:
+        from moto.server import ThreadedMotoServer
+
+        with mock.patch.dict(os.environ, CREDENTIALS):
+            logging.getLogger("werkzeug").setLevel(logging.ERROR)
+            server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+            server.start()
+            host, port = server.get_host_and_port()
+            proxy = SlowProxy(
+                f"{host}:{port}", delay=delay, cuts=cuts, seed=scene.random.randrange(99)
+            )
+            bucket = "s3://chaos/{}?endpoint_override={}&scheme=http&region=us-east-1"
+            direct = RunDir(bucket.format("", f"{host}:{port}") + "&allow_bucket_creation=true")
+            direct.filesystem.create_dir("chaos")
+            for file in sorted(scene.workload.data.glob("*.parquet")):
+                with direct.filesystem.open_output_stream(f"chaos/data/{file.name}") as stream:
+                    stream.write(file.read_bytes())
+            scene.config["ingest"]["source"] = bucket.format("data", proxy.address)
+            scene.config["run_dir"] = bucket.format("run", proxy.address)
+            scene.result = bucket.format("run", f"{host}:{port}")
+            try:
+                yield
+            finally:
+                scene.notes.append(f"{proxy.connections:,} connections, {proxy.cut} cut")
+                proxy.close()
+                server.stop()
+
+    return prepare
 
 
 class SlowProxy:
