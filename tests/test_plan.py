@@ -140,6 +140,23 @@ def test_given_rates_need_no_sample(ray_session, config, tmp_path):
     assert not (tmp_path / "run" / "plan").exists()
 
 
+def test_a_dataset_too_large_to_read_is_estimated(ray_session, config, world):
+    result = fifa("plan", config, PRICES, GIVEN, "cost.sample_rows=192", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.output)
+    rows = pq.read_table(next((world / "data").glob("*.parquet"))).to_pandas()
+    labelled = rows[(rows.label_0 != 0.5) & rows.has_label]
+    size = plan["dataset"]
+    assert size["rows"] == len(rows)
+    assert size["pairs"]["value"] == pytest.approx(len(labelled), rel=0.2)
+    distinct = labelled.caption.str.split().str.join(" ").nunique()
+    assert size["prompts"]["low"] <= distinct <= size["prompts"]["high"]
+    images = len({*labelled.image_0_uid, *labelled.image_1_uid})
+    assert size["images"]["low"] <= images <= 1.2 * size["images"]["high"]
+    assert "estimated from 192 of" in size["prompts_from"]
+    assert plan["sample"] is None
+
+
 def test_training_by_pair_updates_and_evaluation_by_images(ray_session, config):
     rates = (
         "cost.rates={rewards/tiny: 10, embeddings: 40, latents: 5, training: 2, "

@@ -147,7 +147,6 @@ def _add_prompts(run: RunDir, metadata: RunDir, count: int) -> None:
     ids = others.column(schema.PROMPT_ID)
     new = others.filter(pc.invert(pc.is_in(ids, prompts.column(schema.PROMPT_ID))))
     added = pa.concat_tables([prompts, new.slice(0, count - len(prompts))])
-    run.remove("prompts")
     run.write_table(added.sort_by(schema.PROMPT_ID), "prompts", part_name(0))
     run.publish(replace(manifest, rows_in=len(added), rows_out=len(added)))
 
