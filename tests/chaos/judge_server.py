@@ -17,22 +17,22 @@ BROKEN = {
 
 
 class JudgeServer:
-    """A server whose `mode` can change while it is asked."""
+    """A server whose `mode` can change while it is asked; `port` 0: any."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.mode: Mode = "up"
         # Requests that got no proper answer.
         self.failed = 0
-        self.endpoint = Endpoint(self._answer).__enter__()
+        self.endpoint = Endpoint(self._answer, port=port).__enter__()
         self.url = self.endpoint.url
+        self.port = int(self.endpoint.server.server_address[1])
 
     def set(self, mode: Mode) -> None:
         """From now on; for `flaky`, what was asked before does not count as a try."""
         if mode == "refuse" and self.mode != "refuse":
             self.endpoint.__exit__()
         if mode != "refuse" and self.mode == "refuse":
-            port = int(self.url.rsplit(":", 1)[1].partition("/")[0])
-            self.endpoint = Endpoint(self._answer, port=port).__enter__()
+            self.endpoint = Endpoint(self._answer, port=self.port).__enter__()
         self.endpoint.asked.clear()
         self.mode = mode
 

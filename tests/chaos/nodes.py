@@ -14,8 +14,6 @@ import psutil
 from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 
-# What Ray's own processes are called; the others below a raylet do the job's work.
-RAY_AGENTS = ("dashboard", "runtime_env", "log_monitor", "monitor.py", "agent.py")
 OBJECT_STORE_BYTES = 150_000_000
 # A dead raylet is noticed after three seconds instead of half a minute.
 QUICK_TO_NOTICE = {
@@ -45,7 +43,7 @@ class Nodes:
         self, num_workers: int, spill: Path, environment: Mapping[str, str] | None = None
     ) -> None:
         self.spill = spill
-        self.spill.mkdir()
+        self.spill.mkdir(exist_ok=True)
         self.environment = ENVIRONMENT | dict(environment or {})
         self.added = 1
         with self._prepared():
@@ -74,7 +72,10 @@ class Nodes:
             self.cluster.add_node(node_ip_address=f"127.0.0.{self.added}", num_cpus=1)
 
     def restore(self, num_workers: int) -> None:
-        """Add nodes until there are so many."""
+        """Add nodes until so many are alive."""
+        for node in list(self.cluster.worker_nodes):
+            if not _is_alive(node):
+                self.cluster.remove_node(node, allow_graceful=False)
         while len(self.cluster.worker_nodes) < num_workers:
             self.add()
 
@@ -126,11 +127,17 @@ def _raylet(node: Any) -> psutil.Process:
     return psutil.Process(info.process.pid)
 
 
+def _is_alive(node: Any) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return _raylet(node).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def _is_worker(process: psutil.Process, names: tuple[str, ...]) -> bool:
     try:
         title = " ".join(process.cmdline())
     except psutil.Error:
         return False
-    if any(agent in title for agent in RAY_AGENTS):
+    if "Agent" in title:  # a raylet does not outlive its agents
         return False
     return any(name in title for name in names) if names else "ray::" in title

@@ -31,7 +31,6 @@ from tests.chaos.nodes import Nodes
 from tests.chaos.scene import NUM_NODES, Attempt, Fault, Scene, attempt, last_words
 from tests.chaos.slow_store import CREDENTIALS
 from tests.chaos.workloads import (
-    Workload,
     differences,
     filter_config,
     filter_workload,
@@ -59,15 +58,16 @@ class Round:
 
 
 class Arena:
-    """A cluster, a judge, the workloads and their undisturbed runs, made when first needed."""
+    """A cluster, a judge, and in `folder` the workloads and their undisturbed runs."""
 
     def __init__(self, folder: Path, *, num_pairs: int = 720, num_prompts: int = 100) -> None:
         self.folder = folder
         self.num_pairs, self.num_prompts = num_pairs, num_prompts
-        self.judge = JudgeServer()
+        # The same port again, since the judge's address is part of what its answers are kept by.
+        port = folder / "judge-port"
+        self.judge = JudgeServer(int(port.read_text()) if port.exists() else 0)
+        port.write_text(str(self.judge.port))
         self.nodes = Nodes(NUM_NODES, folder / "spill", CREDENTIALS)
-        self.workloads: dict[str, Workload] = {}
-        self.references: dict[str, tuple[RunDir, float]] = {}
         self.rounds = 0
 
     def close(self) -> None:
@@ -100,27 +100,27 @@ class Arena:
         return Round(fault, seed, attempts, lost, problems, scene.notes, stops)
 
     def reference(self, workload: str) -> tuple[RunDir, float]:
-        """The undisturbed run of a workload and its seconds."""
-        if workload not in self.references:
-            scene = self._scene(workload, f"undisturbed-{workload}", 0)
-            # The first driver on a new cluster also waits for its worker processes to start.
+        """The undisturbed run of a workload and its seconds; one that is there already is taken."""
+        folder = self.folder / f"undisturbed-{workload}"
+        seconds = folder / "seconds"
+        if not seconds.exists():
+            scene = self._scene(workload, folder.name, 0)
             done = attempt(scene, [], lambda scene: None)
             if done.code:
                 raise RuntimeError(f"the undisturbed {workload} failed:\n{done.said}")
-            self.references[workload] = RunDir(scene.config["run_dir"]), done.seconds
-        return self.references[workload]
+            seconds.write_text(f"{done.seconds:.1f}")
+        return RunDir(str(folder / "run")), float(seconds.read_text())
 
     def _scene(self, workload: str, name: str, seed: int) -> Scene:
-        if workload not in self.workloads:
-            data = self.folder / f"{workload}-data"
-            self.workloads[workload] = (
-                filter_workload(data, num_pairs=self.num_pairs, num_prompts=self.num_prompts)
-                if workload == "filter"
-                else train_workload(data, num_pairs=24)
-            )
+        data = self.folder / f"{workload}-data"
+        made = (
+            filter_workload(data, num_pairs=self.num_pairs, num_prompts=self.num_prompts)
+            if workload == "filter"
+            else train_workload(data, num_pairs=24)
+        )
         folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        made = self.workloads[workload]
         config = (
             filter_config(made, str(folder / "run"), self.judge.url)
             if workload == "filter"
@@ -211,7 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="names of the faults")
     parser.add_argument("--repeat", type=int, default=1, help="rounds per fault, default 1")
     parser.add_argument("--seed", type=int, default=0, help="of the first round, default 0")
-    parser.add_argument("--keep", type=Path, help="folder to keep everything in")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="folder to keep everything in, and go on in: its undisturbed runs are taken again",
+    )
     given = parser.parse_args(arguments)
     chosen = [f for f in FAULTS if given.all or any(part in f.name for part in given.fault)]
     if given.list or not chosen:
@@ -228,8 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rounds = [made.play(fault, seed) for seed in seeds]
             failed |= any(r.problems for r in rounds)
             print(describe(rounds), flush=True)
-        for workload, (_, seconds) in made.references.items():
-            print(f"\nUndisturbed {workload}: {seconds:.0f} s.")
+        for workload in sorted({fault.workload for fault in chosen}):
+            print(f"\nUndisturbed {workload}: {made.reference(workload)[1]:.0f} s.")
     return int(failed)
 
 

@@ -37,17 +37,18 @@ class Workload:
 
 
 def filter_workload(folder: Path, *, num_pairs: int, num_prompts: int) -> Workload:
-    """A small world in six files."""
-    generate_world(
-        folder,
-        num_pairs=num_pairs,
-        num_prompts=num_prompts,
-        seed=5,
-        num_files=NUM_FILES,
-        num_processes=1,
-    )
-    for file in (folder / "data").glob("*.parquet"):
-        pq.write_table(pq.read_table(file), file, row_group_size=ROW_GROUP)
+    """A small world in six files, made unless it is there."""
+    if not folder.exists():
+        generate_world(
+            folder,
+            num_pairs=num_pairs,
+            num_prompts=num_prompts,
+            seed=5,
+            num_files=NUM_FILES,
+            num_processes=1,
+        )
+        for file in (folder / "data").glob("*.parquet"):
+            pq.write_table(pq.read_table(file), file, row_group_size=ROW_GROUP)
     moments = (
         "partial/ingest/rows/*.parquet",
         "partial/rewards.tiny-*/*.parquet",
@@ -82,11 +83,12 @@ def filter_config(workload: Workload, run_dir: str, judge_url: str, **judge: Any
 
 
 def train_workload(folder: Path, *, num_pairs: int) -> Workload:
-    """A small dataset and a tiny model."""
-    from tests.models.tiny_pipelines import save_tiny_sd
+    """A small dataset and a tiny model, made unless they are there."""
+    if not folder.exists():
+        from tests.models.tiny_pipelines import save_tiny_sd
 
-    write_dataset(folder / "data", num_pairs)
-    save_tiny_sd(folder / "model")
+        write_dataset(folder / "data", num_pairs)
+        save_tiny_sd(folder / "model")
     moments = (
         "partial/latents*/*.parquet",
         f"{TRAINING}/metrics.jsonl",
