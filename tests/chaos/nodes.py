@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ray._common.utils import reset_ray_address
 from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 
@@ -58,6 +59,8 @@ class Nodes:
                     "_system_config": QUICK_TO_NOTICE,
                 },
             )
+            # Else a plain `ray.init()` of any other process on this machine would join it.
+            reset_ray_address()
         self.restore(num_workers)
 
     @property
