@@ -7,7 +7,7 @@ A stage reads and writes through a `RunDir` and need not know which of its table
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 
 import pyarrow as pa
 
@@ -45,10 +45,12 @@ class BranchDir(RunDir):
         borrowed = {s: m for s, m in self.base.manifests().items() if _is_borrowed(s)}
         return borrowed | super().manifests()
 
-    def open_atomic(self, *parts: str) -> AbstractContextManager[pa.NativeFile]:
+    @contextmanager
+    def open_atomic(self, *parts: str) -> Iterator[pa.NativeFile]:
         """See `RunDir`; RuntimeError for what is borrowed."""
         self._refuse(*parts)
-        return super().open_atomic(*parts)
+        with super().open_atomic(*parts) as stream:
+            yield stream
 
     def remove(self, *parts: str) -> None:
         """See `RunDir`; RuntimeError for what is borrowed."""

@@ -94,7 +94,7 @@ def run_tune(
         use_gpu=use_gpu,
     )
     write_prompts(job)
-    ledger = ray.remote(Ledger).options(num_cpus=0, max_concurrency=1).remote(
+    ledger: Any = ray.remote(Ledger).options(num_cpus=0, max_concurrency=1).remote(
         run, stage, budget=money.device_seconds, final_share=settings.final_share,
         safety=settings.safety,
     )  # fmt: skip

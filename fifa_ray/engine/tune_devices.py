@@ -65,7 +65,7 @@ class TrialDevices:
         self._end()
         settings = self.config.train
         gpus = 1.0 if self.use_gpu else 0.0
-        actor = (
+        actor: Any = (
             ray.remote(TrialWorker)
             .options(
                 num_cpus=0 if leads else settings.num_cpus_per_worker,

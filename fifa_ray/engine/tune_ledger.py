@@ -68,7 +68,7 @@ class Ledger:
     def spent(self, trial: str | None = None) -> float:
         """Device-seconds charged so far, with what open leases have used, for one trial or all."""
         leases = [x for x in self.leases.values() if trial is None or x.trial == trial]
-        return sum(x.devices * self._held(x) if x.charge is None else x.charge for x in leases)
+        return sum(self._used(x) if x.charge is None else x.charge for x in leases)
 
     def charges(self) -> dict[str, float]:
         """Device-seconds by trial."""
@@ -94,7 +94,7 @@ class Ledger:
             return "no"
         if needed <= self.free(purpose):
             return "yes"
-        unused = sum(x.devices * (x.limit - self._held(x)) for x in self._open().values())
+        unused = sum(x.devices * x.limit - self._used(x) for x in self._open().values())
         return "later" if needed <= self.free(purpose) + unused and unused else "no"
 
     # Rates
@@ -158,9 +158,11 @@ class Ledger:
         return self._set_limit(lease, self._held(found) + seconds)
 
     def prolong(self, lease: str, seconds: float) -> float:
-        """Add seconds to the limit, if they are free; the seconds that remain then."""
-        if self.leases[lease].charge is None:
-            self._set_limit(lease, self.leases[lease].limit + seconds)
+        """Add seconds to the limit, as far as they are free; the seconds that remain then."""
+        found = self.leases[lease]
+        more = min(seconds, self.free(found.purpose) / found.devices)
+        if found.charge is None and more > 0:
+            self._set_limit(lease, found.limit + more)
         return self.remaining(lease)
 
     def close(self, lease: str) -> float:
@@ -189,6 +191,10 @@ class Ledger:
 
     def _held(self, lease: Lease) -> float:
         return 0.0 if lease.started is None else self.clock() - lease.started
+
+    def _used(self, lease: Lease) -> float:
+        """Device-seconds of an open lease so far; its holder dies before the limit."""
+        return lease.devices * min(self._held(lease), lease.limit)
 
     def _set_limit(self, name: str, limit: float) -> bool:
         lease = self.leases[name]

@@ -76,8 +76,9 @@ def write_results(
         ),
         "settings": job.config.tune.model_dump(mode="json"),
     }
-    job.run.write_text(json.dumps(results, indent=2, allow_nan=False), job.folder, RESULTS)
-    return results
+    text = json.dumps(results, indent=2, allow_nan=False)
+    job.run.write_text(text, job.folder, RESULTS)
+    return dict(json.loads(text))
 
 
 def _entry(trial: TrialRecord, charges: Mapping[str, float], money: Money) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def build_searcher(config: FifaConfig, known: Sequence[Params], seed: int) -> Se
             sampler = samplers[settings.algorithm](seed=seed, **settings.algorithm_options)
             return OptunaSearch(sampler=sampler, points_to_evaluate=points)
         kind = SEARCH_ALG_IMPORT[settings.algorithm]()
-        options = {"points_to_evaluate": points}
+        options: dict[str, Any] = {"points_to_evaluate": points}
         if "random_state_seed" in inspect.signature(kind).parameters:
             options["random_state_seed"] = seed
         found: Searcher = kind(**options, **settings.algorithm_options)

@@ -170,9 +170,13 @@ class TrialWorker:
     ) -> pa.Table:
         texts = rows.column("prompt").to_pylist()
         drawings = generator.draw(texts, rows.column("image_seed").to_pylist())
-        good = [i for i, drawing in enumerate(drawings) if drawing.pixels is not None]
-        images = [Image.fromarray(drawings[i].pixels) for i in good]
-        outcomes = score_each(scorer, images, [texts[i] for i in good])
+        images = {
+            i: Image.fromarray(drawing.pixels)
+            for i, drawing in enumerate(drawings)
+            if drawing.pixels is not None
+        }
+        good = list(images)
+        outcomes = score_each(scorer, list(images.values()), [texts[i] for i in good])
         rewards = dict(zip(good, (reward for reward, _, _ in outcomes), strict=True))
         errors = dict(zip(good, (error for _, error, _ in outcomes), strict=True))
         for i, drawing in enumerate(drawings):

@@ -114,7 +114,7 @@ def folder(ray_session, model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(folder, model) -> RunDir:
-    """A search whose driver was killed while one trial was at work and two others had finished."""
+    """A search whose driver was killed while one trial was at work and another had finished."""
     settings = {"num_trials": ASKED, "budget": {"cpu_seconds": 10_000}, "keep_models": True}
     tests = str(Path(__file__).parents[1])
     code = DRIVER.format(paths=[tests], folder=str(folder), model=str(model), settings=settings)
@@ -125,12 +125,12 @@ def killed(folder, model) -> RunDir:
             [sys.executable, "-c", code], stdout=stream, stderr=stream, start_new_session=True
         )
 
-        def one_at_work_and_two_done():
-            statuses = [record["status"] for record in records(run).values()]
-            working = [r for r in records(run).values() if r["status"] == "running" and r["rungs"]]
-            return sum(s in ("complete", "stopped") for s in statuses) >= 2 and working
+        def one_done_and_one_at_work():
+            found = records(run).values()
+            working = [r for r in found if r["status"] == "running" and r["rungs"]]
+            return working and any(r["status"] in ("complete", "stopped") for r in found)
 
-        wait_for(one_at_work_and_two_done, driver, log)
+        wait_for(one_done_and_one_at_work, driver, log)
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
     return run
@@ -147,7 +147,7 @@ def finished(killed, folder, model):
     done = [t for t, r in was["records"].items() if r["status"] in ("complete", "stopped")]
     one = max(charges[trial] for trial in done)
     kept = 12 * one
-    budget = ledger.spent() + 4 * one + kept
+    budget = ledger.spent() + 2.5 * one + kept
     config = tune_config(
         folder, model, num_trials=ASKED, budget={"cpu_seconds": budget}, keep_models=True,
         final_share=kept / budget,
@@ -277,7 +277,7 @@ class Stuck(TrialWorker):
 
 def test_a_worker_that_hangs_ends_itself_and_one_that_asks_gets_what_is_free(ray_session, tmp_path):
     run = RunDir(str(tmp_path))
-    ledger = ray.remote(Ledger).options(num_cpus=0).remote(run, "x", budget=40, final_share=0.5)
+    ledger = ray.remote(Ledger).options(num_cpus=0).remote(run, "x", budget=44, final_share=0.5)
 
     def start(trial, seconds):
         ray.get(ledger.measure.remote(trial, 1, seconds - 2))
@@ -296,6 +296,6 @@ def test_a_worker_that_hangs_ends_itself_and_one_that_asks_gets_what_is_free(ray
     with pytest.raises(OutOfTime):
         ray.get(worker.work.remote())
     charged = ray.get(ledger.close.remote(lease))
-    assert 0 < charged <= 20 - ray.get(ledger.spent.remote("hangs"))
+    assert 0 < charged <= 22 - ray.get(ledger.spent.remote("hangs"))
     limits = [json.loads(line) for line in run.read_text("x", "ledger.jsonl").splitlines()]
     assert any(e["event"] == "limit" and e["lease"] == lease for e in limits)
