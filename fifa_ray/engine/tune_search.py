@@ -31,6 +31,7 @@ TUNE_FOLDER = "ray_tune"
 # A trial's own process only waits for others, on the head node; Tune needs it to hold something.
 PLACE = ray.tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
 _SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints tables whatever `verbose` says
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -66,31 +67,29 @@ def run_search(
         else None
     )
     conductor = start_conductor(job, ledger, grace, seed, max_concurrent)
-    tuner = ray.tune.Tuner(
-        ray.tune.with_resources(_trainable(conductor), PLACE),
-        param_space={key: _domain(dimension) for key, dimension in space.items()},
-        tune_config=ray.tune.TuneConfig(
-            metric=METRIC,
-            mode="max",
-            num_samples=max(settings.num_trials, len(known)),
-            search_alg=WithinBudget(
-                build_searcher(job.config, known, seed), len(known), ledger, _least_work(job, grace)
-            ),
-            scheduler=scheduler,
-            max_concurrent_trials=max_concurrent,
-        ),
-        run_config=ray.tune.RunConfig(
-            name=TUNE_FOLDER,
-            storage_path=job.run.path(job.folder),
-            storage_filesystem=job.run.filesystem,
-            verbose=0,
-            callbacks=[EndTrials(conductor, ledger)],
-        ),
-    )
+    searcher = build_searcher(job.config, known, seed)
     job.run.remove(job.folder, TUNE_FOLDER)
     try:
         with _environment(_SETTINGS):
-            tuner.fit()
+            ray.tune.Tuner(
+                ray.tune.with_resources(_trainable(conductor), PLACE),
+                param_space={key: _domain(dimension) for key, dimension in space.items()},
+                tune_config=ray.tune.TuneConfig(
+                    metric=METRIC,
+                    mode="max",
+                    num_samples=max(settings.num_trials, len(known)),
+                    search_alg=WithinBudget(searcher, len(known), ledger, _least_work(job, grace)),
+                    scheduler=scheduler,
+                    max_concurrent_trials=max_concurrent,
+                ),
+                run_config=ray.tune.RunConfig(
+                    name=TUNE_FOLDER,
+                    storage_path=job.run.path(job.folder),
+                    storage_filesystem=job.run.filesystem,
+                    verbose=0,
+                    callbacks=[EndTrials(conductor, ledger)],
+                ),
+            ).fit()
     finally:
         ray.kill(conductor)
         ray.get(ledger.close_trial.remote())
