@@ -133,10 +133,11 @@ def test_work_of_others_is_waited_for_as_long_as_allowed(ray_session):
 
 
 class Happened(NamedTuple):
-    """What `autoscaled_stages.py` saw, and its log lines."""
+    """What `autoscaled_stages.py` saw, its log lines and those of its workers."""
 
     seen: dict[str, Any]
     lines: list[dict[str, Any]]
+    worker_lines: list[dict[str, Any]]
     manifests: dict[str, Manifest]
 
 
@@ -157,9 +158,13 @@ def autoscaled(tmp_path_factory) -> Iterator[Happened]:
             script, env=environment(), capture_output=True, text=True, timeout=200, check=False
         )
         assert ran.returncode == 0, ran.stderr
-        lines = [json.loads(line) for line in ran.stderr.splitlines() if line.startswith("{")]
-        manifests = RunDir(str(folder / "run")).manifests()
-        yield Happened(json.loads(ran.stdout.splitlines()[-1]), lines, manifests)
+        logs = Path(session).glob("session_latest/logs/worker-*.err")
+        yield Happened(
+            json.loads(ran.stdout.splitlines()[-1]),
+            json_lines(ran.stderr),
+            [line for log in logs for line in json_lines(log.read_text())],
+            RunDir(str(folder / "run")).manifests(),
+        )
     finally:
         leader = psutil.Process(head.pid)
         family = [*leader.children(recursive=True), leader]
@@ -168,6 +173,10 @@ def autoscaled(tmp_path_factory) -> Iterator[Happened]:
                 process.kill()
         psutil.wait_procs(family, timeout=10)
         shutil.rmtree(session, ignore_errors=True)
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
 def environment() -> dict[str, str]:
@@ -253,6 +262,14 @@ def test_waiting_is_said_and_what_can_never_be_is_refused(autoscaled):
     )
     of_rewards = [line for line in autoscaled.lines if line.get("stage") == "rewards/pickscore"]
     assert {line["run"] for line in of_rewards} == {"run"}
+
+
+def test_a_worker_says_which_part_lost_rows(autoscaled):
+    put_aside = [line for line in autoscaled.worker_lines if "put aside" in line["message"]]
+    (line,) = [line for line in put_aside if line["stage"] == "rewards/pickscore"]
+    assert (line["run"], line["part"]) == ("run", "part-000000.parquet")
+    assert line["level"] == "warning"
+    assert "2 rows of part-000000.parquet are put aside: " in line["message"]
 
 
 def test_prometheus_finds_what_the_manifests_say(autoscaled):
