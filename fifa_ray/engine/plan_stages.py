@@ -71,7 +71,7 @@ class Planner:
                 "pairs",
                 self.size.pairs,
                 reward.actors,
-                pieces_of=pairs_per_item(self.size.pairs),
+                pieces_of=pairs_per_item(round(self.size.pairs.value)),
             )
         if config.judge.enabled:
             yield self._judge()
