@@ -58,10 +58,15 @@ def make_plan(
         rows = min(size.rows, loaded.cost.sample_pairs)
         seconds = time.monotonic() - started
         sampled = {"folder": sample.run.root, "rows": rows, "seconds": seconds}
-    predictions, misfits = [], []
+    predictions: list[StagePrediction] = []
+    misfits: list[str] = []
     for work in Planner(config=loaded, size=size, groups=groups, sample=sample).work(train=train):
-        predicted = predict_stage(work, groups)
-        (misfits if isinstance(predicted, str) else predictions).append(predicted)
+        held = predictions[-1].nodes if predictions else {}
+        predicted = predict_stage(work, groups, held)
+        if isinstance(predicted, str):
+            misfits.append(predicted)
+        else:
+            predictions.append(predicted)
     plan = {
         "version": __version__,
         "planned_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -14,8 +14,8 @@ RANGE_EXPLAINED = (
     "if all erred in the same direction."
 )
 NODES_EXPLAINED = (
-    "Nodes are taken to join when a stage asks for them and to leave when it is done; stages run "
-    "one after another."
+    "Nodes are taken to join when a stage asks for them and to leave before the next one that does "
+    "not; stages run one after another."
 )
 
 
@@ -142,7 +142,8 @@ def _total_lines(plan: Mapping[str, Any]) -> Iterator[str]:
         yield f"Cost: not known, {', '.join(unpriced)} without a price_per_hour"
     if plan["storage_cost"] is not None:
         yield (
-            f"Storage: {plan['storage_cost']:,.2f} {currency} for {plan['storage_months']:g} months"
+            f"Storage: {plan['storage_cost']:,.2f} {currency} for {plan['storage_months']:g} "
+            "month(s)"
         )
 
 

@@ -2,11 +2,11 @@
 
 A stage starts once, then works through its rows with as many workers as its node group holds, as
 the configuration allows, and as there are pieces of work for. Nodes are taken to join when a stage
-asks for them and to leave when it is done, as an autoscaler does.
+asks for them and to leave before the next one that does not, as an autoscaler does.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fifa_ray.planning.estimates import Estimate, Rate, Source
@@ -101,8 +101,13 @@ class StagePrediction:
     warnings: tuple[str, ...] = ()
 
 
-def predict_stage(work: StageWork, groups: Sequence[Group]) -> StagePrediction | str:
-    """Place a stage on its group and reckon, or say why it fits nowhere."""
+def predict_stage(
+    work: StageWork, groups: Sequence[Group], held: Mapping[str, int] | None = None
+) -> StagePrediction | str:
+    """Place a stage on its group and reckon, or say why it fits nowhere.
+
+    held: nodes by group that the stage before leaves: they need not join.
+    """
     listed = [group for group in groups if group.runs(work.stage)]
     allowed = [g for g in listed if work.groups is None or g.name in work.groups]
     main = next((group for group in allowed if work.worker.per_node(group)), None)
@@ -138,11 +143,12 @@ def predict_stage(work: StageWork, groups: Sequence[Group]) -> StagePrediction |
             )
             busy = decoding
     seconds = busy + work.start
-    node_seconds = {
-        group.name: (seconds + Estimate.sure(group.overhead_seconds)) * nodes[group.name]
-        for group in listed
-        if group.name in nodes
-    }
+    node_seconds = {}
+    for group in listed:
+        if count := nodes.get(group.name):
+            joining = max(0, count - (held or {}).get(group.name, 0))
+            overhead = Estimate.sure(group.overhead_seconds * joining)
+            node_seconds[group.name] = seconds * count + overhead
     return StagePrediction(
         work=work,
         workers=workers,

@@ -39,6 +39,11 @@ def test_a_gpu_stage_by_hand():
     assert found.cost.value == pytest.approx(4 * (seconds + 100) / 3600 * 10.0)
 
 
+def test_nodes_that_are_there_already_need_not_join():
+    found = predict_stage(work(), [GPU], held={"gpu": 3, "cpu": 9})
+    assert found.node_seconds["gpu"].value == pytest.approx(4 * found.seconds.value + 100)
+
+
 def test_no_more_workers_than_allowed_or_than_there_is_work_for():
     assert predict_stage(work(max_workers=3), [GPU]).workers == 3
     assert predict_stage(work(max_workers=3), [GPU]).nodes == {"gpu": 1}
