@@ -108,10 +108,11 @@ def results_of(name: str, arguments: Sequence[str]) -> str | None:
     uri = _run_uri(name, arguments)
     if uri is None:
         return None
-    run = RunDir(uri)
-    if not run.exists():
-        return None
-    return uri if "://" in uri else run.root
+    try:
+        run = RunDir(uri)
+        return (uri if "://" in uri else run.root) if run.exists() else None
+    except (OSError, ValueError):  # a store that cannot be reached may be why the job failed
+        return uri
 
 
 def last_line(code: int, seconds: float, results: str | None) -> str:
@@ -130,16 +131,13 @@ def last_line(code: int, seconds: float, results: str | None) -> str:
 def _run_uri(name: str, arguments: Sequence[str]) -> str | None:
     """The run directory as the arguments name it; None where they name none that can be read."""
     from fifa_ray.cli import main
-    from fifa_ray.config import ConfigError
     from fifa_ray.training import open_training
 
-    parsed: Any = main.commands[name].make_context(
-        name, list(arguments), resilient_parsing=True
-    )  # fmt: skip
-    config = parsed.params.get("config")
-    if not config:
+    command: Any = main.commands[name]
+    given = command.make_context(name, list(arguments), resilient_parsing=True).params
+    if not given.get("config"):
         return None
     try:
-        return open_training(config, parsed.params.get("overrides") or ())[0].uri
-    except (ConfigError, OSError):
+        return open_training(given["config"], given.get("overrides") or ())[0].uri
+    except (OSError, ValueError):
         return None

@@ -42,7 +42,6 @@ FINISHED = {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED}
 class Head(NamedTuple):
     client: JobSubmissionClient
     url: str
-    environment: dict[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +74,7 @@ def head() -> Iterator[Head]:
     try:
         url = f"http://127.0.0.1:{ports[1]}"
         client = wait_for(lambda: connect(url), process)
-        address = {"RAY_ADDRESS": f"127.0.0.1:{ports[0]}"}
-        yield Head(client, url, environment | address)
+        yield Head(client, url)
     finally:
         for ended in (*psutil.Process(process.pid).children(recursive=True), process):
             ended.kill()
@@ -113,9 +111,9 @@ def wait_for(find, process: subprocess.Popen | None = None):
 def config(tmp_path_factory) -> Path:
     """A filter of a small world in one file of several row groups; run_dir is left open."""
     folder = tmp_path_factory.mktemp("jobs")
-    generate_world(folder, num_pairs=320, num_prompts=50, seed=3, num_files=1, num_processes=1)
+    generate_world(folder, num_pairs=400, num_prompts=50, seed=3, num_files=1, num_processes=1)
     file = next((folder / "data").glob("*.parquet"))
-    pq.write_table(pq.read_table(file), file, row_group_size=40)
+    pq.write_table(pq.read_table(file), file, row_group_size=25)
     values = {
         "ingest": {"source": str(folder / "data"), "rows_per_part": 100},
         "rewards": [{"name": "tiny", "kind": "pickscore", "weights": str(REWARD_WEIGHTS)}],
@@ -149,89 +147,66 @@ def last_line(text: str) -> str:
     return text.strip().splitlines()[-1]
 
 
-def there(run_dir: Path, pattern: str) -> bool:
-    return any(run_dir.glob(pattern))
+def scored(run_dir: Path) -> int:
+    """Blocks that the reward stage has left for later attempts."""
+    return len(list(run_dir.glob("partial/rewards.tiny-*/*.parquet")))
 
 
-def driver_of(run_dir: Path) -> psutil.Process | None:
+def driver_of(run_dir: Path) -> psutil.Process:
     """The process of a submitted job: `jobs/filter.py` below the shell that Ray starts."""
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or [""]
         if words[0] == PYTHON and f"run_dir={run_dir}" in words:
             return process
-    return None
+    raise AssertionError(f"no process has {run_dir}")
 
 
 async def follow(head: Head, job: str) -> str:
     return "".join([lines async for lines in head.client.tail_job_logs(job)])
 
 
-@pytest.fixture(scope="module")
-def submitted_run(head, config, tmp_path_factory) -> RunDir:
-    """Stopped in one stage, killed in the next, then left to finish: the same command each time."""
-    run_dir = tmp_path_factory.mktemp("submitted") / "run"
+@pytest.mark.timeout(600)  # five drivers, each with its imports
+def test_the_same_command_goes_on_after_sigterm_a_stop_and_a_kill(head, config, tmp_path):
+    """Locally, then submitted three times: all of it in one stage of one run."""
+    run_dir, log = tmp_path / "run", tmp_path / "log.txt"
     arguments = (config, f"run_dir={run_dir}")
 
-    stopped = submit(head, *arguments)
-    wait_for(lambda: there(run_dir, "partial/rewards.tiny-*/*.parquet"))
-    head.client.stop_job(stopped)
-    assert finished(head, stopped) == JobStatus.STOPPED
-    log = head.client.get_job_logs(stopped)
-    assert last_line(log).startswith(f"Stopped with exit code {EXIT_TERMINATED}: "), log
-    assert last_line(log).endswith(str(run_dir))
-
-    killed = submit(head, *arguments)
-    driver = wait_for(lambda: driver_of(run_dir))
-    wait_for(lambda: there(run_dir, "partial/embeddings-*/*.parquet"))
-    driver.kill()
-    assert finished(head, killed) == JobStatus.FAILED
-
-    done = submit(head, *arguments)
-    followed = asyncio.run(follow(head, done))
-    assert finished(head, done) == JobStatus.SUCCEEDED, followed
-    assert head.client.get_job_info(done).driver_exit_code == 0
-    assert last_line(followed).startswith("Done in ")
-    assert last_line(followed).endswith(f"results: {run_dir}")
-    assert "rewards/tiny: already complete" in followed
-    return RunDir(str(run_dir))
-
-
-@pytest.mark.timeout(600)
-def test_a_stopped_and_a_killed_job_go_on_when_submitted_again(submitted_run):
-    manifests = submitted_run.manifests()
-    assert manifests["rewards/tiny"].details["rows_reused"] > 0
-    assert manifests["embeddings"].details["rows_reused"] > 0
-    for stage, manifest in manifests.items():
-        assert manifest.rows_in == manifest.rows_out + manifest.rows_quarantined, stage
-    pairs, rewards = manifests["pairs"].rows_out, manifests["rewards/tiny"]
-    assert rewards.rows_in == pairs == submitted_run.num_rows("pairs")
-    assert submitted_run.num_rows("selected") == 30
-
-
-@pytest.mark.timeout(600)
-def test_sigterm_stops_a_local_run_and_the_same_command_goes_on(
-    head, submitted_run, config, tmp_path
-):
-    run_dir, log = tmp_path / "run", tmp_path / "log.txt"
-    command = [PYTHON, str(REPOSITORY / "jobs" / "filter.py"), str(config), f"run_dir={run_dir}"]
     with log.open("w") as file:
+        command = [PYTHON, REPOSITORY / "jobs" / "filter.py", *arguments]
         process = subprocess.Popen(command, stdout=file, stderr=file, cwd=tmp_path)
-        wait_for(lambda: there(run_dir, "partial/rewards.tiny-*/*.parquet"), process)
+        done_once = wait_for(lambda: scored(run_dir), process)
         process.send_signal(signal.SIGTERM)
         assert process.wait() == EXIT_TERMINATED, log.read_text()
+    assert last_line(log.read_text()).startswith(f"Stopped with exit code {EXIT_TERMINATED}: ")
     assert last_line(log.read_text()).endswith(f"so far: {run_dir}")
     assert "Traceback" not in log.read_text()
 
-    # The rest on a cluster that RAY_ADDRESS names, as in a submitted job.
-    again = subprocess.run(
-        command, env=head.environment, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 0, again.stderr
-    assert last_line(again.stdout).endswith(f"results: {run_dir}")
+    stopped = submit(head, *arguments)
+    wait_for(lambda: scored(run_dir) > done_once)
+    head.client.stop_job(stopped)
+    assert finished(head, stopped) == JobStatus.STOPPED
+    text = head.client.get_job_logs(stopped)
+    assert last_line(text).startswith(f"Stopped with exit code {EXIT_TERMINATED}: "), text
+
+    killed = submit(head, *arguments)
+    wait_for(lambda: "rows were done before" in head.client.get_job_logs(killed))
+    driver_of(run_dir).kill()
+    assert finished(head, killed) == JobStatus.FAILED
+
+    last = submit(head, *arguments)
+    followed = asyncio.run(follow(head, last))
+    assert finished(head, last) == JobStatus.SUCCEEDED, followed
+    assert head.client.get_job_info(last).driver_exit_code == 0
+    assert last_line(followed).startswith("Done in ")
+    assert last_line(followed).endswith(f"results: {run_dir}")
+
     run = RunDir(str(run_dir))
-    assert run.manifest("rewards/tiny").details["rows_reused"] > 0
-    # Two runs that were disturbed in different places kept the same.
-    assert run.read_table("selected").equals(submitted_run.read_table("selected"))
+    for stage, manifest in run.manifests().items():
+        assert manifest.rows_in == manifest.rows_out + manifest.rows_quarantined, stage
+    rewards = run.manifest("rewards/tiny")
+    assert rewards.details["rows_reused"] > 0
+    assert rewards.rows_in == run.manifest("pairs").rows_out == run.num_rows("pairs")
+    assert run.num_rows("selected") == 30
 
 
 @pytest.mark.timeout(600)
