@@ -131,13 +131,18 @@ def last_line(code: int, seconds: float, results: str | None) -> str:
 def _run_uri(name: str, arguments: Sequence[str]) -> str | None:
     """The run directory as the arguments name it; None where they name none that can be read."""
     from fifa_ray.cli import main
-    from fifa_ray.training import open_training
+    from fifa_ray.config import load_config
+    from fifa_ray.pipeline import SAVED_CONFIG
+    from fifa_ray.run_dir import RunDir
 
     command: Any = main.commands[name]
     given = command.make_context(name, list(arguments), resilient_parsing=True).params
-    if not given.get("config"):
+    config = given.get("config")
+    if not config:
         return None
     try:
-        return open_training(given["config"], given.get("overrides") or ())[0].uri
+        if RunDir(config).exists(SAVED_CONFIG):
+            return str(config)
+        return load_config(config, given.get("overrides") or ()).run_dir
     except (OSError, ValueError):
         return None
