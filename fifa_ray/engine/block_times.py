@@ -13,8 +13,8 @@ import ray.data
 
 from fifa_ray.planning.estimates import measured_rate
 
-# What reads a stage's input and writes its partial rows: no work of the stage's own.
-FRAME = ("_ReadItems", "_WritePartial")
+# What lists and reads a stage's input and writes its partial rows: no work of the stage's own.
+FRAME = ("FromItems", "_ReadItems", "_WritePartial")
 
 
 @dataclass

@@ -25,7 +25,7 @@ from fifa_ray.engine.judge import run_judge
 from fifa_ray.engine.neighbors import run_neighbors
 from fifa_ray.engine.node_seconds import group_of
 from fifa_ray.engine.nodes import alive_nodes, room
-from fifa_ray.engine.plan_size import PIECE
+from fifa_ray.engine.plan_size import PIECE, count_groups
 from fifa_ray.engine.rewards import run_rewards
 from fifa_ray.engine.select import run_select
 from fifa_ray.engine.train import run_train
@@ -39,21 +39,20 @@ BLOCKS_PER_WORKER = 3
 TRAIN_STEPS = 6
 EVALUATION_PROMPTS = 32
 SELECTED = "selected"
-SMALL_SELECTION = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """Manifests of the stages that ran on the sample, and what they do not say themselves.
 
-    metadata: of the ingest of many rows. select_seconds: of two sizes of selection, (pairs kept,
-    seconds). train_lines: metrics of a few optimizer steps. seconds: of all of it.
+    metadata: of the ingest of many rows. groups: of the source that the sample's pairs lie in.
+    train_lines: metrics of a few optimizer steps.
     """
 
     run: RunDir
     metadata: Manifest
     manifests: dict[str, Manifest]
-    select_seconds: tuple[tuple[int, float], ...]
+    groups: int
     train_lines: list[dict[str, Any]]
 
 
@@ -106,13 +105,8 @@ def run_sample(
         run_embed(run, config)
         if run.num_rows("prompts") > config.neighbors.num_neighbors:
             run_neighbors(run, config)
-    select_seconds: list[tuple[int, float]] = []
     if SELECTED in stages:
-        for size in (SMALL_SELECTION, max(2 * SMALL_SELECTION, num_rows // 2)):
-            select = config.select.model_copy(update={"selection_size": size})
-            config = config.model_copy(update={"select": select})
-            manifest = run_select(run, config)
-            select_seconds.append((manifest.rows_out, manifest.seconds))
+        run_select(run, config)
     lines: list[dict[str, Any]] = []
     if "training" in stages:
         run_train(run, config)
@@ -127,7 +121,7 @@ def run_sample(
         run=run,
         metadata=metadata,
         manifests=run.manifests(),
-        select_seconds=tuple(select_seconds),
+        groups=count_groups(run.read_table("pairs")),
         train_lines=lines,
     )
 
@@ -178,7 +172,12 @@ def sample_config(config: FifaConfig, run: RunDir, num_rows: int) -> FifaConfig:
             "judge": _sampled_judge(config.judge, fixed),
             "embed": fixed_in(config.embed),
             "select": config.select.model_copy(
-                update={"min_quality": None, "exclude_harmful": False, "strategy": "fifa"}
+                update={
+                    "selection_size": max(1, num_rows // 2),
+                    "min_quality": None,
+                    "exclude_harmful": False,
+                    "strategy": "fifa",
+                }
             ),
             "report": config.report.model_copy(update={"enabled": False}),
             "train": fixed_in(

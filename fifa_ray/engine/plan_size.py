@@ -23,7 +23,8 @@ METADATA_PIECES = 16
 class DatasetSize:
     """Pairs, distinct prompts and images of the whole dataset, and how they are known.
 
-    images: None where nothing was read. prompt_bytes: of the text of a prompt, likewise.
+    images: None where nothing was read. prompt_bytes: of the text of a prompt, likewise. groups: of
+    rows that the source reads at once, such as row groups.
     """
 
     rows: int
@@ -33,6 +34,7 @@ class DatasetSize:
     pairs_from: str
     prompts_from: str
     prompt_bytes: float | None = None
+    groups: float | None = None
 
     def with_given(self, num_pairs: int | None, num_prompts: int | None) -> "DatasetSize":
         """The same with what is known from elsewhere; prompts follow the pairs' number."""
@@ -73,6 +75,7 @@ def measure_size(run: RunDir, config: FifaConfig, folder: str) -> tuple[DatasetS
     pairs_per_row = manifest.rows_out / wanted
     num_pairs = round(pairs_per_row * rows)
     images = distinct_values(_image_ids(pieces), 2 * num_pairs)
+    groups = sum(count_groups(piece) for piece in pieces) / max(1, manifest.rows_out) * num_pairs
     whole = run.manifest("pairs")
     if whole is not None and whole.fingerprint == ingest_fingerprint(config, source):
         known = "counted: ingest is complete"
@@ -84,6 +87,7 @@ def measure_size(run: RunDir, config: FifaConfig, folder: str) -> tuple[DatasetS
             pairs_from=known,
             prompts_from=known,
             prompt_bytes=prompt_bytes,
+            groups=groups,
         )
         return size, manifest
     counted = "counted" if exact else "estimated from some shards"
@@ -100,8 +104,16 @@ def measure_size(run: RunDir, config: FifaConfig, folder: str) -> tuple[DatasetS
         if wanted < rows
         else "counted in the metadata of all rows",
         prompt_bytes=prompt_bytes,
+        groups=groups,
     )
     return size, manifest
+
+
+def count_groups(pairs: pa.Table) -> int:
+    """Groups of the source that rows of `pairs/` lie in."""
+    files = pairs.column(schema.PAIR_ID).to_numpy() >> schema.FILE_SHIFT
+    groups = pairs.column("source_group").to_numpy()
+    return len(np.unique(np.stack([files, groups]), axis=1).T)
 
 
 def _image_ids(pieces: Sequence[pa.Table]) -> list[np.ndarray]:

@@ -139,12 +139,13 @@ class Planner:
             "selected", "pairs", pairs, rate, pieces_of=self.config.ingest.rows_per_part
         )
         notes: tuple[str, ...] = ()
-        if self.sample is not None and len(self.sample.select_seconds) == 2:
-            (few, fast), (many, slow) = self.sample.select_seconds
-            each = max(0.0, slow - fast) / max(1, many - few)
-            fetched = each * max(0, kept - many)
-            work = replace(work, start=Estimate.unsure(slow + fetched))
-            notes = (f"start-up includes fetching {kept:,} pairs' images, from {many:,} fetched",)
+        if self.sample is not None and self.size.groups and self._manifest("selected"):
+            # The kept pairs' images lie scattered: it is groups of the source that are read.
+            groups = max(1.0, self.size.groups)
+            touched = groups * (1 - (1 - 1 / groups) ** min(kept, pairs.value))
+            start = work.start * max(1.0, touched / self.sample.groups)
+            work = replace(work, start=start)
+            notes = (f"most of it reads {touched:,.0f} groups of the source for the kept images",)
         per_pair = self._bytes("selected")
         if per_pair is None:
             notes += ("bytes of the kept images are not known without a sample",)
