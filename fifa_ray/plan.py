@@ -67,7 +67,7 @@ def make_plan(
             misfits.append(predicted)
         else:
             predictions.append(predicted)
-    plan = {
+    plan: dict[str, Any] = {
         "version": __version__,
         "planned_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "settings": loaded.model_dump(mode="json", include=set(PLANNED)),

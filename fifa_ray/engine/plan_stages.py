@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 from fifa_ray.config import ActorsConfig, FifaConfig, NodeGroup
 from fifa_ray.engine.embed import ROWS_PER_ITEM
@@ -47,6 +46,7 @@ VALIDATION_SHARE = 1 / 3
 TOO_SMALL = (
     "so few blocks do not tell start-up from work: raise cost.sample_pairs and cost.sample_prompts"
 )
+ASSUMED: Source = "assumed"
 # Start-up of a stage without models, where none was measured.
 CPU_STAGE_SECONDS = 5.0
 
@@ -232,7 +232,7 @@ class Planner:
         self, name: str, unit: str, rows: Estimate, rate: Rate, *, pieces_of: int
     ) -> StageWork:
         """A stage of one-core tasks; its start-up is what it took for the sample's few rows."""
-        start, source = Estimate.unsure(CPU_STAGE_SECONDS), cast(Source, "assumed")
+        start, source = Estimate.unsure(CPU_STAGE_SECONDS), ASSUMED
         measured = self._manifest(name)
         if measured is not None:
             start, source = Estimate.unsure(measured.seconds), "measured"
