@@ -57,7 +57,7 @@ _train: Any = ray.train
 IDENTITY_FILE = "fingerprint.json"
 
 # Settings that change how the work is done but not what comes out of it.
-_WORK_SETTINGS = {
+WORK_SETTINGS = {
     "name",
     # What the weights are is said by their digests.
     "model",
@@ -132,7 +132,7 @@ def run_train(
         "training",
         prepared.fingerprint if prepared else data.fingerprint,
         weights["sha256"],
-        settings.model_dump(mode="json", exclude=_WORK_SETTINGS),
+        settings.model_dump(mode="json", exclude=WORK_SETTINGS),
         config.images.model_dump(),
         seed,
     )
