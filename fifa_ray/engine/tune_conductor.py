@@ -20,6 +20,8 @@ METRIC, TIME = "win_rate", "optimizer_step"
 class _Work:
     run: TaskRun
     rungs: Any
+    # Whether it had ended before, and only its record is told once more.
+    was_over: bool
 
 
 class Conductor:
@@ -39,26 +41,29 @@ class Conductor:
             if any(work.run.task.trial == task.trial for work in self.works.values()):
                 return None
             run = TaskRun(self.job, task, self.ledger)
-            self.works[trial_id] = _Work(run, run.rungs())
+            was_over = run.record.status in FINISHED
+            self.works[trial_id] = _Work(run, run.rungs(), was_over)
         work = self.works[trial_id]
         rung = next(work.rungs, None)
         if rung is not None:
             return {METRIC: rung["win_rate"], TIME: rung["steps"]}
         return None
 
-    def end(self, trial_id: str, status: str) -> str:
+    def end(self, trial_id: str, status: str) -> str | None:
         """A trial is over: take its devices; `status` says why, where it was still at work.
 
-        Returns what became of it, for a log.
+        Returns what became of it, for a log; None where that is no news.
         """
         work = self.works.pop(trial_id, None)
         if work is None:
-            return "does what another one does"
+            return None
         try:
             work.rungs.close()
         except ValueError:  # its thread is at work still: it ends without its devices
             work.run.devices.give_back()
         record = work.run.record
+        if work.was_over:
+            return None
         if record.status == "running":
             record.status = status
             write_record(self.job.run, record, *work.run.place)

@@ -104,6 +104,8 @@ def build_searcher(config: FifaConfig, known: Sequence[Params], seed: int) -> Se
     """
     settings = config.tune
     points = [dict(params) for params in known] or None
+    # What is known draws nothing: with the same seed its first proposals would come once more.
+    seed += len(known)
     try:
         if settings.algorithm in ("optuna", "random"):
             import optuna
@@ -196,8 +198,9 @@ class EndTrials(ray.tune.Callback):
 
     def _end(self, trial_id: str, status: str) -> None:
         became = ray.get(self.conductor.end.remote(trial_id, status))
-        spent = ray.get(self.ledger.spent.remote())
-        logger.info("tuning: trial %s; %.0f device-seconds spent", became, spent)
+        if became is not None:
+            spent = ray.get(self.ledger.spent.remote())
+            logger.info("tuning: trial %s; %.0f device-seconds spent", became, spent)
 
 
 def _trainable(conductor: Any) -> Any:
