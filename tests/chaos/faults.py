@@ -5,7 +5,7 @@ from tests.chaos.scene import Fault, Scene
 from tests.chaos.shards import (
     all_but_the_shard,
     flip_bits,
-    own_data,
+    mended_afterwards,
     restore_shard,
     truncate_shard,
 )
@@ -138,10 +138,11 @@ FAULTS = (
         Fault(
             name=f"a shard {what} while images are scored, within the allowed share",
             workload="filter",
+            redo=SCORING,
             when=at(REWARDS),
             strike=strike,
             settings={"max_quarantine_fraction": 0.5},
-            prepare=own_data,
+            prepare=mended_afterwards,
             check=all_but_the_shard,
         )
         for what, strike in (("is cut short", truncate_shard), ("gets noise", flip_bits))
@@ -149,23 +150,25 @@ FAULTS = (
     Fault(
         name="a shard is cut short, beyond the allowed share, then restored",
         workload="filter",
+        redo=SCORING,
         when=at(REWARDS),
         strike=truncate_shard,
         settings={"max_quarantine_fraction": 0.02},
         expected="resumes",
         mend=restore_shard,
         says=r"Error: stage rewards/tiny quarantined .*unreadable_source",
-        prepare=own_data,
+        prepare=mended_afterwards,
     ),
     Fault(
         name="a shard is cut short before ingest reads it, then restored",
         workload="filter",
+        redo=("pairs", "prompts"),
         when=None,
         strike=truncate_shard,
         expected="resumes",
         mend=restore_shard,
         says=r"Error: .*train-.*parquet is not a readable parquet file",
-        prepare=own_data,
+        prepare=mended_afterwards,
     ),
     Fault(
         name="store: every answer 50 ms late",

@@ -110,7 +110,9 @@ class Nodes:
 
     def shutdown(self) -> None:
         """End all nodes."""
-        self.cluster.shutdown()
+        # Cluster.shutdown would also cut this process off from another Ray that it has joined.
+        for node in [*self.cluster.worker_nodes, self.cluster.head_node]:
+            self.cluster.remove_node(node, allow_graceful=False)
 
     @contextlib.contextmanager
     def _prepared(self) -> Iterator[None]:

@@ -14,16 +14,20 @@ from tests.chaos.scene import Scene
 
 
 @contextlib.contextmanager
-def own_data(scene: Scene) -> Iterator[None]:
-    """A copy of the dataset that may be damaged; names, sizes and times are the original's."""
-    copy = shutil.copytree(scene.workload.data, scene.folder / "data")
-    scene.config["ingest"]["source"] = str(copy)
-    yield
+def mended_afterwards(scene: Scene) -> Iterator[None]:
+    """The dataset may be damaged; afterwards it is whole, with the times that it had."""
+    backup = scene.folder / "backup"
+    backup.mkdir()
+    shutil.copy2(shard(scene), backup)
+    try:
+        yield
+    finally:
+        restore_shard(scene)
 
 
 def shard(scene: Scene) -> Path:
     """The one that is damaged: the last one, which is read late."""
-    return sorted(Path(scene.config["ingest"]["source"]).glob("*.parquet"))[-1]
+    return sorted(scene.workload.data.glob("*.parquet"))[-1]
 
 
 def truncate_shard(scene: Scene) -> None:
@@ -48,7 +52,7 @@ def flip_bits(scene: Scene) -> None:
 
 def restore_shard(scene: Scene) -> None:
     """The file as it was, with its old time."""
-    shutil.copy2(scene.workload.data / shard(scene).name, shard(scene))
+    shutil.copy2(scene.folder / "backup" / shard(scene).name, shard(scene))
 
 
 def all_but_the_shard(scene: Scene, run: RunDir, reference: RunDir) -> list[str]:

@@ -33,6 +33,7 @@ def lose_an_actor_then_a_node(scene: Scene) -> bool | None:
     return strike(scene)
 
 
+@pytest.mark.timeout(600)  # two runs, each with actors that load their models
 def test_the_result_is_the_same_and_every_row_is_accounted_for(small):
     fault = Fault(
         name="an actor, a node and a flaky judge",
