@@ -7,6 +7,7 @@ their records at no cost; so every algorithm and the halving know what they knew
 
 import contextlib
 import inspect
+import io
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ TUNE_FOLDER = "ray_tune"
 # A trial's own process only waits for others, on the head node; Tune needs it to hold something.
 PLACE = ray.tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
 _SETTINGS = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints tables whatever `verbose` says
+    "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -70,7 +71,8 @@ def run_search(
     searcher = build_searcher(job.config, known, seed)
     job.run.remove(job.folder, TUNE_FOLDER)
     try:
-        with _environment(_SETTINGS):
+        # Tune's reporters print to the terminal whatever they are told.
+        with _environment(_SETTINGS), contextlib.redirect_stdout(io.StringIO()):
             ray.tune.Tuner(
                 ray.tune.with_resources(_trainable(conductor), PLACE),
                 param_space={key: _domain(dimension) for key, dimension in space.items()},
