@@ -122,9 +122,8 @@ def predict_stage(
             f"{workers}"
         )
     nodes = {main.name: math.ceil(workers / per_node)}
-    # The last pieces leave some workers idle.
-    rounds = math.ceil(work.pieces / workers) * workers / work.pieces if work.pieces > 1 else 1.0
-    busy = work.rows * work.rate.seconds_per_row * (rounds / workers)
+    share = rounds(work.pieces, workers) / work.pieces
+    busy = work.rows * work.rate.seconds_per_row * share
     warnings = list(work.doubts)
     if work.decoding is not None:
         needed = work.rows * work.decoding.seconds_per_row
@@ -159,6 +158,13 @@ def predict_stage(
         cost=money(node_seconds, groups),
         warnings=tuple(warnings),
     )
+
+
+def rounds(pieces: float, workers: int) -> float:
+    """How many pieces the busiest worker takes in turn; of a fraction, the last piece is one."""
+    whole = math.ceil(pieces) - 1
+    full, left = divmod(whole, workers)
+    return full + (1.0 if left else pieces - whole)
 
 
 def _no_room(work: StageWork, listed: Sequence[Group]) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from fifa_ray.planning.estimates import Estimate, given_rate
-from fifa_ray.planning.stages import Group, StageWork, Worker, predict_stage, total
+from fifa_ray.planning.stages import Group, StageWork, Worker, predict_stage, rounds, total
 
 GPU = Group(
     name="gpu", max_nodes=4, cpus=8, gpus=2, memory=64e9, price_per_hour=10.0,
@@ -37,6 +37,14 @@ def test_a_gpu_stage_by_hand():
     assert found.gpu_seconds.value == pytest.approx(seconds * 16 * 0.5)
     assert found.node_seconds["gpu"].value == pytest.approx(4 * (seconds + 100))
     assert found.cost.value == pytest.approx(4 * (seconds + 100) / 3600 * 10.0)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "workers", "expected"),
+    [(6, 2, 3), (7, 2, 4), (6.25, 2, 3.25), (5.25, 2, 3), (1.9, 1, 1.9), (0.2, 4, 0.2), (3, 8, 1)],
+)
+def test_rounds_of_the_busiest_worker(pieces, workers, expected):
+    assert rounds(pieces, workers) == pytest.approx(expected)
 
 
 def test_nodes_that_are_there_already_need_not_join():
