@@ -7,6 +7,7 @@ those on n nodes: what is not lost to distribution.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,7 +33,7 @@ def say_efficiency(nodes: Sequence[int], base: Path) -> None:
     scoring, computing = {}, {}
     for count in nodes:
         folder = base / f"nodes-{count}"
-        scoring[count], computing[count] = on_cluster(count, lambda n, f=folder: _measure(n, f))
+        scoring[count], computing[count] = on_cluster(count, partial(_measure, folder=folder))
     first = nodes[0]
     names = list(computing[first])
     click.echo(f"efficiency on simulated nodes, against {first}")
