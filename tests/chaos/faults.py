@@ -13,10 +13,12 @@ from tests.chaos.slow_store import slow_store
 from tests.chaos.strikes import (
     anywhere,
     at,
+    flaky_judge,
     judge_goes,
     judge_is_back,
     kill_node,
     kill_worker,
+    lose_an_actor_then_a_node,
 )
 
 SCORER, JUDGE, ENCODER, TRAINER = "LoadAndScore", "JudgePrompts", "EncodeItems", "RayTrainWorker"
@@ -183,6 +185,14 @@ FAULTS = (
         when=None,
         strike=lambda scene: None,
         prepare=slow_store(0.02, 0.03),
+    ),
+    Fault(
+        name="an actor, then a node lost, the judge flaky",
+        workload="filter",
+        redo=("rewards/tiny", "quality", "selected"),
+        when=at(REWARDS, QUALITY),
+        strike=lose_an_actor_then_a_node(SCORER, JUDGE, QUALITY),
+        prepare=flaky_judge,
     ),
     Fault(
         name="kill the driver at 3 random moments",

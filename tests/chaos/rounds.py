@@ -60,7 +60,7 @@ class Round:
 class Arena:
     """A cluster, a judge, and in `folder` the workloads and their undisturbed runs."""
 
-    def __init__(self, folder: Path, *, num_pairs: int = 720, num_prompts: int = 100) -> None:
+    def __init__(self, folder: Path, *, num_pairs: int, num_prompts: int) -> None:
         self.folder = folder
         self.num_pairs, self.num_prompts = num_pairs, num_prompts
         # The same port again, since the judge's address is part of what its answers are kept by.
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if given.list else 2
     failed = False
     print("| run | fault | what happened | time lost | seed |\n|---|---|---|---|---|", flush=True)
-    with arena(given.keep) as made:
+    with arena(given.keep, num_pairs=given.pairs, num_prompts=given.prompts) as made:
         for fault in chosen:
             if fault.needs_root and os.geteuid() != 0:
                 print(f"| {fault.workload} | {fault.name} | skipped: needs root | | |", flush=True)

@@ -1,6 +1,7 @@
 """Moments to strike at, and processes, nodes and the judge to strike."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 from tests.chaos.judge_server import Mode
 from tests.chaos.scene import Moments, Scene
@@ -66,3 +67,21 @@ def judge_goes(mode: Mode, seconds: float | None = None) -> Strike:
 def judge_is_back(scene: Scene) -> None:
     """The endpoint answers."""
     scene.judge.set("up")
+
+
+@contextlib.contextmanager
+def flaky_judge(scene: Scene) -> Iterator[None]:
+    """A third of the first tries fail."""
+    scene.judge.set("flaky")
+    yield
+
+
+def lose_an_actor_then_a_node(scorer: str, judge: str, judging: str) -> Strike:
+    """A scoring actor, and once files match `judging`, the node that judges, for good."""
+
+    def strike(scene: Scene) -> bool | None:
+        if any(scene.run_dir.glob(judging)):
+            return kill_node(judge, replaced=False)(scene)
+        return kill_worker(scorer)(scene)
+
+    return strike
