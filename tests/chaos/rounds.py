@@ -211,6 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="names of the faults")
     parser.add_argument("--repeat", type=int, default=1, help="rounds per fault, default 1")
     parser.add_argument("--seed", type=int, default=0, help="of the first round, default 0")
+    parser.add_argument("--pairs", type=int, default=720, help="of the filter's dataset")
+    parser.add_argument("--prompts", type=int, default=100, help="of the filter's dataset")
     parser.add_argument(
         "--keep",
         type=Path,
