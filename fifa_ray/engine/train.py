@@ -8,51 +8,35 @@ and starts anew when the fingerprint has changed. How the work is shared out (wo
 fits, checkpoints, loggers) is not part of it and may change between attempts.
 """
 
-import contextlib
 import json
 import logging
-import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
-import ray
-import ray.train
-import ray.train.torch as train_torch
 
 from fifa_ray import schema
-from fifa_ray.config import ConfigError, FifaConfig, TrainConfig
+from fifa_ray.config import ConfigError, FifaConfig
 from fifa_ray.engine.latents import LatentLayout, run_latents
 from fifa_ray.engine.map_stage import quarantine_rows
-from fifa_ray.engine.nodes import (
-    Need,
-    check_possible,
-    gpus_to_be_had,
-    may_grow,
-    need_of,
-    wait_for_nodes,
-)
+from fifa_ray.engine.nodes import may_grow, wait_for_nodes
 from fifa_ray.engine.observed import observed, publish, workers_reserved
+from fifa_ray.engine.train_fit import fit, no_workers, scaling_of, trains_on_gpu, workers_need
 from fifa_ray.engine.train_inputs import TrainJob
-from fifa_ray.engine.train_loop import PARTIAL_MODEL, train_worker
+from fifa_ray.engine.train_loop import PARTIAL_MODEL
 from fifa_ray.engine.train_metrics import check_loggers
 from fifa_ray.engine.train_model import describe_model
 from fifa_ray.engine.train_optimizer import check_optimizer
 from fifa_ray.engine.train_pairs import TRAIN, VALIDATION, write_trained_pairs
-from fifa_ray.engine.train_progress import TrainProgress
-from fifa_ray.engine.train_storage import CHECKPOINTS, mend_snapshot, newest_checkpoint
 from fifa_ray.engine.training_data import TrainingData, prepare_training_data
 from fifa_ray.models.model_card import model_card
 from fifa_ray.run_dir import Manifest, RunDir, fingerprint, part_name
 
 logger = logging.getLogger(__name__)
-
-# Its names are those of Train V2 at run time, of V1 to a type checker.
-_train: Any = ray.train
 
 IDENTITY_FILE = "fingerprint.json"
 
@@ -146,9 +130,7 @@ def run_train(
     started = time.monotonic()
     use_gpu = trains_on_gpu(settings, config.ray.wait_seconds)
     check_optimizer(settings.optimizer, on_gpu=use_gpu)
-    # Ray Train's local mode is what no workers at all mean to it.
-    alone = _train.ScalingConfig(num_workers=0)
-    scaling = alone if in_process else _scaling(settings, use_gpu)
+    scaling = no_workers() if in_process else scaling_of(settings, use_gpu)
     ready = prepared or _prepare(run, config, data, weights)
     bad_images = ready.bad
     counts = write_trained_pairs(
@@ -174,7 +156,7 @@ def run_train(
     if not in_process:
         wait_for_nodes(stage, workers, wait_seconds=config.ray.wait_seconds)
     fit_started = time.monotonic()
-    summary = _fit(job, scaling, use_gpu)
+    summary = fit(job, scaling, use_gpu)
     cost = workers_reserved(workers, settings.num_workers, time.monotonic() - fit_started)
     if summary.pop("out_of_time"):
         raise OutOfTime(
@@ -224,7 +206,7 @@ def check_train(config: FifaConfig) -> None:
     if settings.use_gpu is not None or not may_grow():
         use_gpu = trains_on_gpu(settings, config.ray.wait_seconds)
         check_optimizer(settings.optimizer, on_gpu=use_gpu)
-        _scaling(settings, use_gpu)
+        scaling_of(settings, use_gpu)
     describe_model(settings)
 
 
@@ -294,111 +276,6 @@ def _reasons(bad: dict[int, str]) -> dict[str, int]:
     for reason in bad.values():
         counts[reason] = counts.get(reason, 0) + 1
     return counts
-
-
-# Ray Train
-
-
-def trains_on_gpu(settings: TrainConfig, wait_seconds: float) -> bool:
-    """`train.use_gpu`, or whether the cluster has GPUs or can add them."""
-    if settings.use_gpu is not None:
-        return settings.use_gpu
-    return gpus_to_be_had(
-        num_cpus=settings.num_cpus_per_worker,
-        label_selector=settings.label_selector,
-        wait_seconds=wait_seconds,
-    )
-
-
-def workers_need(settings: TrainConfig, use_gpu: bool) -> Need:
-    """What training cannot begin without."""
-    return need_of(
-        num_cpus=settings.num_cpus_per_worker,
-        num_gpus=1.0 if use_gpu else 0.0,
-        label_selector=settings.label_selector,
-        count=settings.min_workers or settings.num_workers,
-    )
-
-
-def _scaling(settings: TrainConfig, use_gpu: bool) -> Any:
-    """Workers and their resources. Raises ConfigError where there can never be room for them."""
-    need = workers_need(settings, use_gpu)
-    check_possible(f"training/{settings.name}", need)
-    workers: int | tuple[int, int] = settings.num_workers
-    if settings.min_workers is not None and settings.min_workers < settings.num_workers:
-        workers = (settings.min_workers, settings.num_workers)
-    return _train.ScalingConfig(
-        num_workers=workers,
-        use_gpu=use_gpu,
-        resources_per_worker=dict(need.resources),
-        label_selector=dict(need.label_selector) or None,
-    )
-
-
-def _fit(job: TrainJob, scaling: Any, use_gpu: bool) -> dict[str, Any]:
-    """Run the workers to the end, restarting them as often as allowed; rank 0's summary."""
-    settings, run = job.settings, job.run
-    resume_from = (
-        newest_checkpoint(run, job.stage)
-        if job.keeps_own_checkpoints
-        else mend_snapshot(run, job.stage)
-    )
-    job = replace(job, resume_from=resume_from)
-    worker: Any = train_worker
-    trainer = train_torch.TorchTrainer(
-        worker,
-        train_loop_config={"job": job},
-        scaling_config=scaling,
-        torch_config=train_torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        run_config=_train.RunConfig(
-            name=CHECKPOINTS,
-            storage_path=run.path(job.stage),
-            storage_filesystem=run.filesystem,
-            failure_config=_train.FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=_train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
-            worker_runtime_env=_worker_environment(),
-        ),
-    )
-    progress = TrainProgress(run, job.stage, settings.max_steps)
-    try:
-        with progress, _interrupts_as_before():
-            result: Any = trainer.fit()
-    except _train.TrainingFailedError as error:
-        raise RuntimeError(
-            f"{job.stage} failed: {_cause(error)}. Its checkpoints are kept: the same command "
-            "goes on from the newest"
-        ) from error
-    summary: dict[str, Any] = result.return_value
-    return summary
-
-
-def _worker_environment() -> dict[str, Any]:
-    """On a cluster of this machine alone, workers talk over the loopback interface."""
-    addresses = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    if addresses == {"127.0.0.1"}:
-        return {"env_vars": {"GLOO_SOCKET_IFNAME": "lo"}}
-    return {}
-
-
-@contextlib.contextmanager
-def _interrupts_as_before() -> Iterator[None]:
-    """Ray Train takes over Ctrl-C, ends the process by SystemExit, and never gives it back."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        with contextlib.suppress(ValueError):  # not in the main thread: nothing was taken over
-            signal.signal(signal.SIGINT, before)
-
-
-def _cause(error: Exception) -> str:
-    failures = getattr(error, "worker_failures", None)
-    inner: Any = next(iter(failures.values())) if failures else error
-    while getattr(inner, "cause", None) is not None:
-        inner = inner.cause
-    return f"{type(inner).__name__}: {inner}"
 
 
 # Publishing

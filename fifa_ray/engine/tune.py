@@ -19,7 +19,8 @@ import ray
 from fifa_ray.config import FifaConfig, dump_config
 from fifa_ray.engine.evaluate_scorers import ImageScorer
 from fifa_ray.engine.nodes import alive_nodes, check_possible, room
-from fifa_ray.engine.train import OutOfTime, absolute_run, trains_on_gpu, workers_need
+from fifa_ray.engine.train import OutOfTime, absolute_run
+from fifa_ray.engine.train_fit import trains_on_gpu, workers_need
 from fifa_ray.engine.train_model import describe_model
 from fifa_ray.engine.training_data import prepare_training_data
 from fifa_ray.engine.tune_budget import budget_of

@@ -17,6 +17,7 @@ from models.tiny_pipelines import save_tiny_sd
 
 from fifa_ray.config import ConfigError
 from fifa_ray.engine import train as train_stage
+from fifa_ray.engine import train_fit
 from fifa_ray.engine.ingest import run_ingest
 from fifa_ray.engine.train import OutOfTime, run_train
 from fifa_ray.engine.train_loop import Training
@@ -161,7 +162,7 @@ def dies_at_step_6(config: dict) -> dict:
 def test_two_workers_of_which_one_is_killed_do_what_one_does(
     undisturbed, folder, model, monkeypatch
 ):
-    monkeypatch.setattr(train_stage, "train_worker", dies_at_step_6)
+    monkeypatch.setattr(train_fit, "train_worker", dies_at_step_6)
     config = train_config(
         folder, model, name="killed", per_device_batch_size=1, num_workers=2, **EQUAL_SETTINGS
     )
@@ -184,6 +185,7 @@ sys.path[:0] = {paths!r}
 from engine.training_run import train_config
 from fifa_ray.config import load_config
 from fifa_ray.engine import train as train_stage
+from fifa_ray.engine import train_fit
 from fifa_ray.engine.cluster import connect
 from fifa_ray.engine.train_loop import Training
 from fifa_ray.run_dir import RunDir
@@ -198,7 +200,7 @@ def stuck_at_step_6(config):
     return Stuck(config["job"]).run()
 
 if __name__ == "__main__":
-    train_stage.train_worker = stuck_at_step_6
+    train_fit.train_worker = stuck_at_step_6
     config = train_config(Path({folder!r}), Path({model!r}), "ray.num_cpus=1", **{settings!r})
     connect(config.ray)
     train_stage.run_train(RunDir(config.run_dir), config)
