@@ -26,7 +26,8 @@ LOADING = ("src", "href", "srcset", "action", "poster", "data", "xlink:href", "b
 
 def test_every_section_is_on_the_page_of_a_complete_run(page):
     titles = {e.attributes["id"] for e in page.find("section")}
-    assert titles == {anchor for anchor, *_ in SECTIONS}
+    # A search is no part of a run: test_tuning_section.py.
+    assert titles == {anchor for anchor, *_ in SECTIONS} - {"tuning"}
     assert not [e for e in page.elements if e.attributes.get("class") == "absent"][1:]
 
 
@@ -162,8 +163,8 @@ def test_a_missing_table_is_said_in_its_place(run_copy, table, section, said):
 def test_the_page_of_an_empty_run_says_what_is_missing_everywhere(tmp_path):
     page = parse(render_page(RunTables(RunDir(str(tmp_path)))))
     absent = [e for e in page.find("p", **{"class": "absent"}) if e.text.startswith("Not in this")]
-    # Nothing was trained or evaluated, and nothing says that it should have been.
-    assert len(absent) == len(SECTIONS) - 2
+    # Nothing was trained, evaluated or searched, and nothing says that it should have been.
+    assert len(absent) == len(SECTIONS) - 3
     assert all(len(e.text) > 40 for e in absent)
 
 
