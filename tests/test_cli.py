@@ -9,10 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
+from small_filter import write_config
 
 from fifa_ray.cli import main
-from fifa_ray.demo.packaged import text_encoder_folder
-from fifa_ray.demo.run import REWARD_WEIGHTS
 from fifa_ray.demo.world import generate_world
 
 
@@ -25,17 +24,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def config(world, tmp_path):
-    values = {
-        "run_dir": str(tmp_path / "run"),
-        "ingest": {"source": str(world / "data")},
-        "rewards": [{"name": "tiny", "weights": str(REWARD_WEIGHTS)}],
-        "judge": {"enabled": False},
-        "embed": {"model": str(text_encoder_folder())},
-        "select": {"selection_size": 10, "quality_weight": 0, "exclude_harmful": False},
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
+    return write_config(tmp_path, world, select={"selection_size": 10})
 
 
 def fifa(*arguments):

@@ -4,12 +4,10 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from click.testing import CliRunner
+from small_filter import write_config
 
 from fifa_ray.cli import main
-from fifa_ray.demo.packaged import text_encoder_folder
-from fifa_ray.demo.run import REWARD_WEIGHTS
 from fifa_ray.demo.world import generate_world
 from fifa_ray.report.cost import build
 from fifa_ray.report.tables import RunTables
@@ -34,23 +32,13 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def config(world, tmp_path):
-    values = {
-        "run_dir": str(tmp_path / "run"),
-        "ingest": {"source": str(world / "data")},
-        "rewards": [{"name": "tiny", "weights": str(REWARD_WEIGHTS)}],
-        "judge": {"enabled": False},
-        "embed": {"model": str(text_encoder_folder()), "actors": {"max_actors": 1}},
-        "select": {
-            "selection_size": 40,
-            "quality_weight": 0,
-            "exclude_harmful": False,
-            "compare": [],
-        },
-        "cost": {"sample_pairs": 256, "sample_prompts": 32},
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
+    return write_config(
+        tmp_path,
+        world,
+        embed={"actors": {"max_actors": 1}},
+        select={"selection_size": 40, "compare": []},
+        cost={"sample_pairs": 256, "sample_prompts": 32},
+    )
 
 
 def fifa(*arguments):

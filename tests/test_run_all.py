@@ -7,10 +7,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from models.tiny_pipelines import RESOLUTION, save_tiny_sd
+from small_filter import write_config
 
 from fifa_ray.cli import EXIT_BAD_INPUT, EXIT_FAILED, main
-from fifa_ray.demo.packaged import text_encoder_folder
-from fifa_ray.demo.run import REWARD_WEIGHTS
 from fifa_ray.demo.world import generate_world
 from fifa_ray.run_dir import RunDir
 
@@ -25,19 +24,12 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def config(world, tmp_path):
-    values = {
-        "run_dir": str(tmp_path / "run"),
-        "ingest": {"source": str(world / "data")},
-        "rewards": [{"name": "tiny", "weights": str(REWARD_WEIGHTS)}],
-        "judge": {"enabled": False},
-        "embed": {"model": str(text_encoder_folder()), "actors": {"max_actors": 1}},
-        "select": {
-            "selection_size": 8,
-            "quality_weight": 0,
-            "exclude_harmful": False,
-            "compare": ["random"],
-        },
-        "train": {
+    return write_config(
+        tmp_path,
+        world,
+        embed={"actors": {"max_actors": 1}},
+        select={"selection_size": 8, "compare": ["random"]},
+        train={
             "model": str(world / "base"),
             "resolution": RESOLUTION,
             "precision": "float32",
@@ -45,15 +37,12 @@ def config(world, tmp_path):
             "max_steps": 2,
             "cache_actors": {"max_actors": 1},
         },
-        "evaluate": {
+        evaluate={
             "num_prompts": 4,
             "num_inference_steps": 2,
             "actors": {"max_actors": 1},
         },
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
+    )
 
 
 def pipeline(config, *overrides):

@@ -10,7 +10,7 @@ image ever enters the object store.
 
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -134,9 +134,12 @@ def run_reward_stage(
     pool: dict[str, Any] = {}
     info = partial_folder(run, stage)
 
-    def transform(items: "ray.data.Dataset") -> "ray.data.Dataset":
+    @cache  # one listing of the source and one copy of the prompts for all passes
+    def loader() -> LoadImages:
         source = open_source(config.ingest, config.images)
-        loader = LoadImages(source, config.images, image_transform, share_prompts(run))
+        return LoadImages(source, config.images, image_transform, share_prompts(run))
+
+    def transform(items: "ray.data.Dataset") -> "ray.data.Dataset":
         wait_seconds = config.ray.wait_seconds
         pool.update(actor_pool(stage.name, reward.actors, wait_seconds=wait_seconds))
         scorer = {
@@ -146,7 +149,7 @@ def run_reward_stage(
             "num_threads": max(1, int(reward.actors.num_cpus)),
             "info": info,
         }
-        return score_dataset(items, loader, scorer, max(reward.batch_size, 64), pool)
+        return score_dataset(items, loader(), scorer, max(reward.batch_size, 64), pool)
 
     return run_map_stage(
         run,

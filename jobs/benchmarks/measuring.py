@@ -132,6 +132,20 @@ def descendants(root: int) -> set[int]:
     return found
 
 
+def is_own_process() -> Callable[[int, str], bool]:
+    """For `peak_memory`: this process and its descendants, looked up once a second."""
+    mine: set[int] = set()
+    looked = 0.0
+
+    def is_mine(pid: int, _: str) -> bool:
+        nonlocal mine, looked
+        if time.monotonic() - looked > 1:
+            mine, looked = descendants(os.getpid()), time.monotonic()
+        return pid in mine
+
+    return is_mine
+
+
 def cpu_seconds() -> float:
     """CPU time of this process and its living descendants."""
     ticks = 0

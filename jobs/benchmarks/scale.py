@@ -26,7 +26,7 @@ from jobs.benchmarks.drawn_vectors import drawn_vectors
 from jobs.benchmarks.measuring import (
     MEGABYTE,
     cpu_seconds,
-    descendants,
+    is_own_process,
     peak_memory,
     say_machine,
 )
@@ -113,18 +113,8 @@ def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def _measured(work: Callable[[], object]) -> Cost:
-    me = os.getpid()
-    mine: set[int] = set()
-    looked = 0.0
-
-    def is_mine(pid: int, _: str) -> bool:
-        nonlocal mine, looked
-        if time.monotonic() - looked > 1:
-            mine, looked = descendants(me), time.monotonic()
-        return pid in mine
-
     cpu, start = cpu_seconds(), time.perf_counter()
-    with peak_memory(is_mine, every_seconds=1.0) as peak:
+    with peak_memory(is_own_process(), every_seconds=1.0) as peak:
         work()
         wall = time.perf_counter() - start
     return Cost(wall, cpu_seconds() - cpu, peak.total, peak.by_name.get("driver", 0))

@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,7 +16,7 @@ from fifa_ray.run_dir import Manifest, RunDir, part_name
 from jobs.benchmarks.measuring import (
     MEGABYTE,
     Peak,
-    descendants,
+    is_own_process,
     peak_memory,
     say_machine,
     spread,
@@ -203,14 +202,11 @@ def _with_ray(run: RunDir, config: FifaConfig, repeats: int) -> tuple[list[float
     os.environ.setdefault("RAY_worker_niceness", "0")
     connect(config.ray)
     run_select(run, config)  # starts the workers: a cluster's start is not what is measured
-    mine: set[int] = set()
-    looked = 0.0
+    me, is_own = os.getpid(), is_own_process()
 
     def is_mine(pid: int, command: str) -> bool:
-        nonlocal mine, looked
-        if time.monotonic() - looked > 1:
-            mine, looked = descendants(os.getpid()), time.monotonic()
-        return pid in mine and ("ray::" in command or pid == os.getpid() or "raylet" in command)
+        counts = "ray::" in command or pid == me or "raylet" in command
+        return counts and is_own(pid, command)
 
     seconds = []
     with peak_memory(is_mine) as peak:
